@@ -1,0 +1,191 @@
+"""The nouns of the house, as typed, frozen data. Every room may import this module.
+
+Sizes are bytes, times are milliseconds, accuracies are percent and drops are percentage
+points unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+__all__ = [
+    "REPORT_SCHEMA_VERSION",
+    "Accuracy",
+    "Artifact",
+    "Backbone",
+    "DeviceDescription",
+    "GateResult",
+    "Measurement",
+    "ParityRow",
+    "PassRecord",
+    "Preprocessing",
+    "WeightsOrigin",
+]
+
+REPORT_SCHEMA_VERSION = 1
+
+
+class Data(BaseModel):
+    """Base of all serialisable nouns: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Preprocessing(Data):
+    """How an image file becomes the network's input, (3, size, size) float32.
+
+    The image is converted to RGB, its short side resized to ``round(size / crop_pct)``,
+    centre-cropped to ``size``, scaled to 0..1, then ``(x - mean) / std`` per channel.
+    """
+
+    size: int = Field(gt=0, le=4096, description="side of the square input in pixels")
+    crop_pct: float = Field(default=1.0, gt=0, le=1)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class WeightsOrigin(Data):
+    """Where a backbone's weights came from.
+
+    ``untrained`` means trained weights were wanted but none could be had; ``random`` means the
+    user asked for random weights. Neither is ever reported with an accuracy.
+    """
+
+    kind: Literal["hub", "file", "module", "random", "untrained"]
+    source: str = Field(description="hub id, file path or 'module:factory' of the weights")
+    sha256: str | None = None
+
+    @property
+    def trained(self) -> bool:
+        return self.kind in ("hub", "file", "module")
+
+    @property
+    def label(self) -> str:
+        """What tables and artefacts say: ``untrained`` unless trained weights were loaded."""
+        return f"{self.kind}: {self.source}" if self.trained else "untrained"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An nn.Module in eval mode with everything needed to feed and name it."""
+
+    name: str
+    module: nn.Module
+    preprocessing: Preprocessing
+    weights: WeightsOrigin
+    num_classes: int
+    family: str = ""
+    paper: str = ""
+
+
+class PassRecord(Data):
+    """What one pass did, for the report."""
+
+    name: str
+    summary: str
+    details: dict[str, Any] = {}
+
+
+class Artifact(Data):
+    """One file that ships (or the float file it is compared with)."""
+
+    name: str = Field(description="'original' or 'compressed', unique in a report")
+    format: str
+    path: Path
+    bytes: int
+    sha256: str
+    precision: str = Field(description="'fp32' or 'w4a8' …")
+    weights: str = Field(description="label of the weights' origin, 'untrained' if so")
+    integer: list[str] = Field(default=[], description="parts that run on integers here")
+    wider: list[str] = Field(default=[], description="parts narrower on disk than when computed")
+    simulated: list[str] = Field(default=[], description="parts whose codes run as floats")
+
+
+class ParityRow(Data):
+    """An artefact compared with the model it came from, on the same images."""
+
+    artifact: str
+    reference: str
+    runtime: str
+    batch: int
+    images: int
+    data: str
+    max_abs: float
+    mean_abs: float
+    sqnr_db: float
+    top1_agreement: float = Field(description="percent")
+    tolerance: str = Field(description="what was demanded, and why")
+    passed: bool
+
+
+class Accuracy(Data):
+    """Top-1 of the original and of an artefact on the same images, paired image by image."""
+
+    artifact: str
+    data: str
+    images: int
+    top1_original: float
+    top1: float
+    lost: int = Field(description="images right before and wrong after")
+    gained: int = Field(description="images wrong before and right after")
+    drop: float = Field(description="top1_original - top1, percentage points")
+    drop_low: float = Field(description="lower end of the 95 % interval of the drop")
+    drop_high: float = Field(description="upper end of the 95 % interval of the drop")
+    simulated_top1: float | None = Field(
+        default=None, description="the same codes in torch: a simulation, not the artefact"
+    )
+
+
+class DeviceDescription(Data):
+    """The device and runtime a measurement was taken on."""
+
+    target: str
+    device: str
+    cores: int
+    threads: int
+    pinned_to: list[int]
+    isa: list[str] = []
+    governor: str | None = None
+    runtime: str
+    os: str
+
+
+class Measurement(Data):
+    """Latency and memory of one artefact on one target. A withheld percentile is None."""
+
+    artifact: str
+    target: str
+    precision: str
+    batch: int
+    samples: int
+    p50_ms: float
+    p50_low_ms: float = Field(description="lower end of the 95 % bootstrap interval of p50")
+    p50_high_ms: float
+    p90_ms: float | None
+    p99_ms: float | None
+    withheld: str | None = Field(default=None, description="why a percentile is None")
+    noisy: bool = Field(description="the interval is too wide for the figure to be used")
+    ratio: float | None = Field(default=None, description="p50 / p50 of the original, interleaved")
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    peak_rss_bytes: int | None = None
+    load_ms: float | None = None
+    device: DeviceDescription
+    samples_ms: list[float] = Field(default=[], description="every timed call, in order")
+
+
+class GateResult(Data):
+    """One limit and whether it held."""
+
+    name: str
+    limit: float
+    value: float | None
+    passed: bool
+    reason: str
+    exit_code: int = 0
