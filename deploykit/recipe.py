@@ -27,8 +27,6 @@ __all__ = [
     "parse_bits",
 ]
 
-RECIPE_VERSION = 1
-
 
 class Bits(NamedTuple):
     """Weight and activation width in bits; 16 means left in float."""
@@ -131,7 +129,10 @@ class QuantizeSection(Section):
         default="auto", description="auto: log-sqrt2 at 4 bits and below, uniform above"
     )
     edge_bits: int = Field(
-        default=8, ge=3, le=8, description="width of the first layer's input, and of layers in keep_8bit"
+        default=8,
+        ge=3,
+        le=8,
+        description="width of the first layer's input, and of the layers in keep_8bit",
     )
     keep_8bit: list[Literal["first", "last", "depthwise"]] = Field(
         default=["first", "last", "depthwise"],
@@ -189,7 +190,7 @@ class GatesSection(Section):
 class Recipe(Section):
     """One run, complete."""
 
-    version: Literal[1] = RECIPE_VERSION
+    version: Literal[1] = 1
     model: ModelSection
     prune: PruneSection = PruneSection()
     quantize: QuantizeSection = QuantizeSection()

@@ -171,11 +171,15 @@ class Measurement(Data):
     p99_ms: float | None
     withheld: str | None = Field(default=None, description="why a percentile is None")
     noisy: bool = Field(description="the interval is too wide for the figure to be used")
-    ratio: float | None = Field(default=None, description="p50 / p50 of the original, interleaved")
+    ratio: float | None = Field(
+        default=None,
+        description="time against the original's: median over interleaved blocks, below 1 is faster",
+    )
     ratio_low: float | None = None
     ratio_high: float | None = None
     peak_rss_bytes: int | None = None
     load_ms: float | None = None
+    warmup: dict[str, float | bool] = {}
     device: DeviceDescription
     samples_ms: list[float] = Field(default=[], description="every timed call, in order")
 

@@ -126,7 +126,9 @@ def train(args: argparse.Namespace) -> None:
             total_loss += loss.item()
             if step % 50 == 0:
                 rate = (step + 1) * args.batch / (time.time() - started)
-                print(f"epoch {epoch} step {step}/{steps_per_epoch} {rate:.0f} images/s", flush=True)
+                print(
+                    f"epoch {epoch} step {step}/{steps_per_epoch} {rate:.0f} images/s", flush=True
+                )
         record = {
             "epoch": epoch + 1,
             "loss": round(total_loss / steps_per_epoch, 4),

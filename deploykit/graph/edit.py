@@ -1,0 +1,96 @@
+"""Small helpers for reading and editing captured graphs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+__all__ = [
+    "add_tensor",
+    "clean",
+    "constant",
+    "is_op",
+    "layer_name",
+    "remove_dropout",
+    "users_of",
+]
+
+aten = torch.ops.aten
+
+_IDENTITY_OPS = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.contiguous.default,
+)
+
+
+def is_op(node: object, *targets: Callable[..., object]) -> bool:
+    """Whether ``node`` is a call of one of the operators."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def constant(graph_module: fx.GraphModule, node: object) -> Tensor | None:
+    """The tensor behind a get_attr node, or None if ``node`` is something else."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value = operator.attrgetter(str(node.target))(graph_module)
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def add_tensor(graph_module: fx.GraphModule, name: str, value: Tensor, before: fx.Node) -> fx.Node:
+    """Register a new buffer and return a get_attr node for it, placed before ``before``.
+
+    A fresh buffer is always made, so tensors shared between layers are never changed in place.
+    """
+    stem = name.replace(".", "_")
+    unique, count = stem, 1
+    while hasattr(graph_module, unique):
+        unique, count = f"{stem}_{count}", count + 1
+    graph_module.register_buffer(unique, value.contiguous())
+    with graph_module.graph.inserting_before(before):
+        node = graph_module.graph.get_attr(unique)
+    node.meta = {"nn_module_stack": before.meta.get("nn_module_stack", {})}
+    return node
+
+
+def layer_name(node: fx.Node) -> str:
+    """The dotted name of the module a node came from, or the node's own name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        if path:
+            return str(path)
+    return node.name
+
+
+def users_of(node: fx.Node) -> list[fx.Node]:
+    return list(node.users)
+
+
+def remove_dropout(graph_module: fx.GraphModule) -> None:
+    """Remove operators that do nothing at inference."""
+    for node in list(graph_module.graph.nodes):
+        if is_op(node, *_IDENTITY_OPS):
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+
+
+def clean(graph_module: fx.GraphModule) -> None:
+    """Drop dead nodes and the tensors nothing refers to any more, then recompile."""
+    graph = graph_module.graph
+    graph.eliminate_dead_code()
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    names = [name for name, _ in graph_module.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in graph_module.named_buffers(remove_duplicate=False)]
+    for name in names:
+        if name not in used:
+            owner_name, _, leaf = name.rpartition(".")
+            delattr(graph_module.get_submodule(owner_name), leaf)
+    graph_module.delete_all_unused_submodules()
+    graph.lint()
+    graph_module.recompile()

@@ -1,0 +1,52 @@
+"""The report as GitHub-flavoured Markdown, short enough for a pull request's comment."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from deploykit.report import view, wording
+from deploykit.report.html import VERDICTS
+from deploykit.report.model import Report
+
+__all__ = ["render_markdown"]
+
+_SPECIAL = re.compile(r"([\\`*|\[\]~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+
+
+def render_markdown(report: Report) -> str:
+    """A verdict, one table, and what a reviewer asks next."""
+    return _template().render(
+        report=report,
+        verdict=VERDICTS[report.verdict],
+        icon={"good": "✅", "bad": "❌", "doubt": "⚠️"}[view.mood(report)],
+        rows=view.rows(report),
+        accuracies=report.accuracy if report.weights.trained else [],
+        worst=view.worst_layers(report, 5),
+        missed=[row for row in report.parity if not row.passed],
+        words=wording,
+    )
+
+
+def _escaped(value: object) -> Markup:
+    """A text that Markdown and HTML both show as it is, on one line, mentioning nobody."""
+    text = wording.clean(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = _SPECIAL.sub(r"\\\1", text).replace("@", "@\N{ZERO WIDTH NON-JOINER}")
+    return Markup(text.replace("://", ":&#47;/"))  # noqa: S704 # escaped in the lines above
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("deploykit.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_escaped,
+    )
+    return environment.get_template("report.md.j2")

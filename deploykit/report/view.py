@@ -1,0 +1,187 @@
+"""What every rendering shows, worked out once: comparison rows, headline figures, the banner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deploykit.report import wording
+from deploykit.report.model import LayerError, Report
+from deploykit.types import Accuracy, Artifact, Measurement
+
+__all__ = [
+    "Card",
+    "Row",
+    "accuracy_text",
+    "cards",
+    "flatten",
+    "mood",
+    "rows",
+    "worst_layers",
+]
+
+Mood = Literal["good", "bad", "doubt", "plain"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One artefact on one target (or on none, when nothing was timed)."""
+
+    artifact: str
+    precision: str
+    target: str
+    top1: str
+    size: str
+    measurement: Measurement | None
+
+    @property
+    def p50(self) -> str:
+        """The median, or a dash."""
+        return wording.ms(self.measurement.p50_ms if self.measurement else None)
+
+    @property
+    def ratio(self) -> str:
+        """Beside the original: ``2.10× faster``."""
+        if self.measurement is None or self.artifact == "original":
+            return "–"
+        return wording.ratio_short(self.measurement)
+
+    @property
+    def peak(self) -> str:
+        """Peak memory of the process."""
+        return wording.bytes_text(self.measurement.peak_rss_bytes if self.measurement else None)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline figure: what, how much, beside what."""
+
+    title: str
+    value: str
+    note: str
+    mood: Mood = "plain"
+
+
+def rows(report: Report) -> list[Row]:
+    """The comparison, target by target, the original first."""
+    ordered = sorted(report.artifacts, key=lambda a: a.name != "original")
+    targets = list(dict.fromkeys(m.target for m in report.measurements)) or [""]
+    result = []
+    for target in targets:
+        for artifact in ordered:
+            measurement = report.find_measurement(artifact.name, target)
+            elsewhere = any(m.artifact == artifact.name for m in report.measurements)
+            if measurement is None and elsewhere:
+                continue
+            result.append(
+                Row(
+                    artifact=wording.clean(artifact.name),
+                    precision=wording.clean(
+                        measurement.precision if measurement else artifact.precision
+                    ),
+                    target=wording.clean(target),
+                    top1=accuracy_text(report, artifact.name),
+                    size=wording.bytes_text(artifact.bytes),
+                    measurement=measurement,
+                )
+            )
+    return result
+
+
+def accuracy_text(report: Report, artifact: str) -> str:
+    """Top-1 of an artefact; a refusal on untrained weights, whatever else is in the report."""
+    if not report.weights.trained:
+        return wording.REFUSED
+    if artifact == "original" and report.accuracy:
+        return wording.percent(report.accuracy[0].top1_original)
+    accuracy = report.find_accuracy(artifact)
+    return wording.percent(accuracy.top1) if accuracy else "not measured"
+
+
+def mood(report: Report) -> Mood:
+    """The colour of the verdict."""
+    if report.verdict == "ok":
+        return "good"
+    return "doubt" if report.verdict == "accuracy not measured" else "bad"
+
+
+def cards(report: Report) -> list[Card]:
+    """The figures a person reads first."""
+    compressed = report.find_artifact("compressed")
+    timed = [m for m in report.measurements if m.artifact == "compressed"]
+    result = [_accuracy_card(report)]
+    if compressed is not None:
+        result.append(_size_card(compressed, report.find_artifact("original")))
+    result += [_latency_card(report, m) for m in timed[:2]]
+    if report.parity:
+        missed = sum(not row.passed for row in report.parity)
+        count = len(report.parity)
+        result.append(
+            Card(
+                "Parity of the file",
+                f"{count - missed} of {count}",
+                "comparisons within tolerance",
+                "bad" if missed else "good",
+            )
+        )
+    return result
+
+
+def worst_layers(report: Report, count: int = 12) -> list[LayerError]:
+    """The layers with the most quantisation noise."""
+    return sorted(report.layers, key=lambda layer: layer.sqnr_db)[:count]
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested data as dotted names and short texts, for a table."""
+    result = []
+    for key, value in data.items():
+        name = f"{prefix}{wording.clean(key)}"
+        if isinstance(value, Mapping):
+            result += flatten(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            result.append((name, ", ".join(wording.clean(item) for item in value)))
+        else:
+            result.append((name, "–" if value is None else wording.clean(value)))
+    return result
+
+
+def _accuracy_card(report: Report) -> Card:
+    if not report.weights.trained:
+        return Card("Top-1 accuracy", "refused", "untrained weights", "bad")
+    accuracy: Accuracy | None = report.find_accuracy("compressed")
+    if accuracy is None:
+        return Card("Top-1 accuracy", "not measured", "give labelled images with --data", "doubt")
+    low, high = wording.change(-accuracy.drop_high), wording.change(-accuracy.drop_low)
+    note = (
+        f"{wording.percent(accuracy.top1_original)} → {wording.percent(accuracy.top1)}, "
+        f"95 % interval {low} … {high}, {accuracy.images} images"
+    )
+    lost_for_sure = accuracy.drop_low > 0
+    value = f"{wording.change(-accuracy.drop)} points"
+    return Card("Top-1 accuracy", value, note, "doubt" if lost_for_sure else "good")
+
+
+def _size_card(compressed: Artifact, original: Artifact | None) -> Card:
+    size = wording.bytes_text(compressed.bytes)
+    if original is None or not compressed.bytes:
+        return Card("Size of the file", size, "nothing to compare it with")
+    ratio = original.bytes / compressed.bytes
+    value = f"{ratio:.2f}× smaller" if ratio >= 1 else f"{1 / ratio:.2f}× larger"
+    note = f"{wording.bytes_text(original.bytes)} → {size}"
+    return Card("Size of the file", value, note, "good" if ratio > 1 else "bad")
+
+
+def _latency_card(report: Report, measurement: Measurement) -> Card:
+    title = f"Latency on {wording.clean(measurement.target)}"
+    original = report.find_measurement("original", measurement.target)
+    new = f"{wording.ms(measurement.p50_ms)} ms"
+    note = f"median {wording.ms(original.p50_ms)} → {new}" if original else f"median {new}"
+    if measurement.noisy:
+        return Card(title, "too noisy", f"{note}; measure again on a quiet machine", "doubt")
+    value = wording.ratio_short(measurement)
+    if value == "–":
+        return Card(title, new, "median; the original was not measured beside it")
+    tone: Mood = "good" if "faster" in value else "bad" if "slower" in value else "doubt"
+    return Card(title, value, f"{note}, batch\N{NO-BREAK SPACE}{measurement.batch}", tone)

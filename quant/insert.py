@@ -1,0 +1,196 @@
+"""Writing quantisers and integer codes into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from deploykit.graph.edit import add_tensor, clean, constant, is_op
+from deploykit.graph.quantized import FLOAT, LayerPlan
+from deploykit.quant.quantizers.registry import FittedQuantizer
+from deploykit.quant.quantizers.uniform import UniformQuantizer
+from deploykit.quant.weights import QuantizedWeight, quantize_bias
+
+__all__ = [
+    "OUTPUT_BITS",
+    "Inserted",
+    "activation_of",
+    "insert_quantizers",
+    "needs_output_quantizer",
+]
+
+aten = torch.ops.aten
+
+OUTPUT_BITS = 8
+_CLIPS = (
+    aten.relu.default,
+    aten.relu_.default,
+    aten.relu6.default,
+    aten.hardtanh.default,
+    aten.hardtanh_.default,
+    aten.clamp.default,
+)
+
+Key = tuple[str, int]  # source node, bits
+
+
+@dataclass
+class Inserted:
+    """Counts for the report."""
+
+    activations: int = 0
+    outputs: int = 0
+    weights: int = 0
+    biases: int = 0
+    by_kind: dict[str, int] = field(default_factory=dict)
+
+
+def activation_of(node: fx.Node) -> fx.Node:
+    """The ReLU-like node a convolution is fused with by runtimes, or the convolution itself."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and is_op(users[0], *_CLIPS) else node
+
+
+def needs_output_quantizer(node: fx.Node, plans: Mapping[str, LayerPlan]) -> bool:
+    """Whether a convolution's result reaches anything but layers that read it at 8 bits.
+
+    Integer convolution kernels write 8-bit integers, so a convolution runs in float unless its
+    output is quantised too. (Matrix products may write floats and need none.)
+    """
+    for user in activation_of(node).users:
+        plan = plans.get(user.name)
+        if plan is None or plan.input_bits != OUTPUT_BITS:
+            return True
+    return False
+
+
+def insert_quantizers(
+    graph_module: fx.GraphModule,
+    plans: Mapping[str, LayerPlan],
+    activations: Mapping[Key, FittedQuantizer],
+    outputs: Mapping[str, FittedQuantizer],
+    weights: Mapping[str, QuantizedWeight],
+) -> Inserted:
+    """Turn a float graph into a quantised graph, in place.
+
+    Args:
+        plans: by node name.
+        activations: quantiser of each (source node, bits) pair a plan needs.
+        outputs: quantiser of each convolution whose output is quantised, by the convolution's
+            node name.
+        weights: codes by layer node name.
+    """
+    graph = graph_module.graph
+    done = Inserted()
+    quantized: dict[Key, fx.Node] = {}
+    nodes = {node.name: node for node in graph.nodes}
+
+    for name, quantizer in outputs.items():
+        source = activation_of(nodes[name])
+        with graph.inserting_after(source):
+            new = quantizer.insert(graph, source)
+        _adopt(new, source)
+        source.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+        quantized[source.name, quantizer.bits] = new
+        nodes[f"{source.name}:output"] = new
+        done.outputs += 1
+
+    def quantize_input(source: fx.Node, bits: int) -> fx.Node:
+        origin = _origin(source)
+        key = (origin.name, bits)
+        if key not in quantized:
+            quantizer = activations[key]
+            with graph.inserting_after(source):
+                quantized[key] = quantizer.insert(graph, source)
+            _adopt(quantized[key], source)
+            done.activations += 1
+            kind = str(quantizer.describe()["kind"])
+            done.by_kind[kind] = done.by_kind.get(kind, 0) + 1
+        return quantized[key]
+
+    for name, plan in plans.items():
+        node = nodes[name]
+        inputs = 2 if plan.op == "matmul" else 1
+        if plan.input_bits != FLOAT:
+            new_inputs = [quantize_input(arg, plan.input_bits) for arg in node.args[:inputs]]  # type: ignore[arg-type]
+            node.args = (*new_inputs, *node.args[inputs:])
+        if name in weights:
+            scale = None
+            if plan.input_bits != FLOAT:
+                fitted = activations.get((_origin(node.args[0]).name, plan.input_bits))
+                fitted = fitted or outputs.get(_producer(node.args[0]))
+                scale = fitted.scale if isinstance(fitted, UniformQuantizer) else None
+            _write_weight(graph_module, node, plan, weights[name], scale, done)
+    clean(graph_module)
+    return done
+
+
+def _adopt(new: fx.Node, source: fx.Node) -> None:
+    new.meta = {
+        "nn_module_stack": source.meta.get("nn_module_stack", {}),
+        "quantizes": source.meta.get("quantizes", source.name),
+    }
+
+
+def _origin(node: object) -> fx.Node:
+    """The float node behind a quantiser, or the node itself."""
+    assert isinstance(node, fx.Node)
+    while "quantizes" in node.meta:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
+def _producer(node: object) -> str:
+    """The convolution whose output quantiser ``node`` is."""
+    origin = _origin(node)
+    if is_op(origin, *_CLIPS):
+        source = origin.args[0]
+        assert isinstance(source, fx.Node)
+        return source.name
+    return origin.name
+
+
+def _write_weight(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    plan: LayerPlan,
+    weight: QuantizedWeight,
+    input_scale: float | None,
+    done: Inserted,
+) -> None:
+    graph = graph_module.graph
+    stem = plan.layer
+    linear = plan.op == "linear"
+    # A linear layer becomes x @ W^T + b with W^T stored as such: runtimes fuse a dequantised
+    # operand into the product only if nothing, such as a transpose, lies between.
+    codes, axis = (weight.codes.t(), 1) if linear else (weight.codes, 0)
+    codes_node = add_tensor(graph_module, f"{stem}.weight_codes", codes, node)
+    scale_node = add_tensor(graph_module, f"{stem}.weight_scale", weight.scale, node)
+    dequantize = torch.ops.deploykit.dequantize.default
+    with graph.inserting_before(node):
+        weight_node = graph.call_function(dequantize, (codes_node, scale_node, axis, weight.bits))
+    done.weights += 1
+    bias_node = node.args[2] if len(node.args) > 2 else None
+    if linear:
+        with graph.inserting_before(node):
+            result = graph.call_function(aten.matmul.default, (node.args[0], weight_node))
+            if bias_node is not None:
+                result = graph.call_function(aten.add.Tensor, (result, bias_node))
+        result.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        return
+    bias: Tensor | None = constant(graph_module, bias_node)
+    if bias is not None and input_scale is not None:
+        quantized = quantize_bias(bias, input_scale, weight)
+        bias_codes = add_tensor(graph_module, f"{stem}.bias_codes", quantized.codes, node)
+        bias_scale = add_tensor(graph_module, f"{stem}.bias_scale", quantized.scale, node)
+        with graph.inserting_before(node):
+            bias_node = graph.call_function(dequantize, (bias_codes, bias_scale, 0, 32))
+        done.biases += 1
+    node.args = (node.args[0], weight_node, bias_node, *node.args[3:])

@@ -1,0 +1,111 @@
+"""Which layers are quantised, at which widths, and which stay in float and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+import torch
+from torch import fx
+
+from deploykit.graph.edit import constant, is_op, layer_name
+from deploykit.graph.quantized import FLOAT, LayerPlan
+
+__all__ = ["plan_layers"]
+
+aten = torch.ops.aten
+
+LAYER_OPS = (aten.conv2d.default, aten.conv2d.padding, aten.linear.default)
+MATMUL_OPS = (aten.matmul.default, aten.bmm.default)
+
+
+def plan_layers(
+    graph_module: fx.GraphModule,
+    weight_bits: int,
+    input_bits: int,
+    *,
+    edge_bits: int = 8,
+    keep_8bit: Sequence[str] = (),
+    float_layers: Sequence[str] = (),
+) -> list[LayerPlan]:
+    """Plan every convolution, linear layer and attention matmul of a graph.
+
+    Args:
+        edge_bits: width of the first layer's input (the image), and of everything in
+            ``keep_8bit`` when the asked widths are narrower.
+        keep_8bit: ``first``, ``last`` and/or ``depthwise``.
+        float_layers: globs of layer names left in float.
+    """
+    first, last = _first_layers(graph_module), _last_layers(graph_module)
+    plans = []
+    for node in graph_module.graph.nodes:
+        name = layer_name(node)
+        if is_op(node, *LAYER_OPS) and constant(graph_module, node.args[1]) is not None:
+            op = "linear" if is_op(node, aten.linear.default) else "conv2d"
+            weights, inputs, notes = weight_bits, input_bits, []
+            kinds = {
+                "first": node in first,
+                "last": node in last,
+                "depthwise": _is_depthwise(graph_module, node),
+            }
+            for kind in (k for k in keep_8bit if kinds[k]):
+                if weights < edge_bits or inputs < edge_bits:
+                    notes.append(f"{kind} layer kept at {edge_bits} bits")
+                weights, inputs = max(weights, edge_bits), max(inputs, edge_bits)
+            if node in first and inputs < edge_bits:
+                inputs = edge_bits
+                notes.append(f"the image keeps {edge_bits} bits")
+            plan = LayerPlan(node.name, name, op, weights, inputs, note="; ".join(notes))
+        elif is_op(node, *MATMUL_OPS) and all(
+            isinstance(arg, fx.Node) and arg.op != "get_attr" for arg in node.args[:2]
+        ):
+            softmax = is_op(node.args[0], aten.softmax.int, aten._softmax.default)
+            suffix = "attention_value" if softmax else node.name
+            plan = LayerPlan(node.name, f"{name}.{suffix}", "matmul", None, input_bits, softmax)
+        else:
+            continue
+        pattern = next((p for p in float_layers if fnmatch(name, p)), None)
+        if pattern is not None:
+            weights_or_none = None if plan.weight_bits is None else FLOAT
+            plan = LayerPlan(
+                plan.node, name, plan.op, weights_or_none, FLOAT,
+                plan.softmax_input, f"left in float by {pattern!r}",
+            )  # fmt: skip
+        plans.append(plan)
+    return plans
+
+
+def _is_depthwise(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    weight = constant(graph_module, node.args[1])
+    groups = node.args[6] if len(node.args) > 6 else 1
+    return weight is not None and weight.ndim == 4 and groups == weight.shape[0] and groups != 1
+
+
+def _first_layers(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """Layers that read the image before any other layer did."""
+    return _reach(
+        [node for node in graph_module.graph.nodes if node.op == "placeholder"],
+        lambda node: list(node.users),
+    )
+
+
+def _last_layers(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """Layers that make the logits."""
+    return _reach(
+        [node for node in graph_module.graph.nodes if node.op == "output"],
+        lambda node: list(node.all_input_nodes),
+    )
+
+
+def _reach(start, step) -> set[fx.Node]:  # type: ignore[no-untyped-def]
+    found, seen, todo = set(), set(start), list(start)
+    while todo:
+        for node in step(todo.pop()):
+            if node in seen:
+                continue
+            seen.add(node)
+            if is_op(node, *LAYER_OPS, *MATMUL_OPS):
+                found.add(node)
+            else:
+                todo.append(node)
+    return found

@@ -1,0 +1,113 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploykit.errors import MeasurementError, TargetMissingError, UsageError
+from deploykit.targets.registry import FloatArray, Runner, one_line, register_target
+
+__all__ = ["CpuOpenvino", "import_openvino"]
+
+_TELEMETRY = "openvino_telemetry"
+
+
+@register_target("cpu-openvino")
+class CpuOpenvino:
+    """The CPU plugin, told to compute in the precision that the file says."""
+
+    name: str
+    formats: tuple[str, ...] = ("onnx", "xml")
+
+    def available(self) -> str | None:
+        """None, or why openvino cannot be imported."""
+        try:
+            import_openvino()
+        except TargetMissingError as error:
+            return str(error)
+        return None
+
+    def runtime(self) -> str:
+        """Name, version and float precision."""
+        version = str(import_openvino().get_version())
+        return f"openvino {'-'.join(version.split('-')[:2])}, float32"
+
+    def load(self, path: Path, threads: int) -> Runner:
+        """A compiled model on ``threads`` threads.
+
+        Raises:
+            TargetMissingError: openvino is not installed.
+            UsageError: the file is not there, or is no model with one input.
+        """
+        openvino = import_openvino()
+        if not path.is_file():
+            message = f"{path}: no such file"
+            raise UsageError(message)
+        options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            # the default is bfloat16 where the CPU has it, and then "float" would not be float32
+            "INFERENCE_PRECISION_HINT": "f32",
+            # the default quantises activations of weight-only models to 8 bit behind our back
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            # the caller pins the process; the plugin would pin to cores of its own choice
+            "ENABLE_CPU_PINNING": False,
+        }
+        try:
+            core = openvino.Core()
+            compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
+        except Exception as error:  # its exceptions share no base of their own
+            message = f"{path}: openvino cannot load it: {one_line(error)}"
+            raise UsageError(message) from error
+        if len(compiled.inputs) != 1:
+            message = f"{path}: wanted a model with one input, it has {len(compiled.inputs)}"
+            raise UsageError(message)
+        return _Request(compiled.create_infer_request(), compiled.outputs[0], path)
+
+
+class _Request:
+    def __init__(self, request: Any, output: Any, path: Path) -> None:
+        self._request = request
+        self._output = output
+        self._path = path
+
+    def __call__(self, images: FloatArray, /) -> FloatArray:
+        batch = np.ascontiguousarray(images, dtype=np.float32)
+        try:
+            # the input is read in place, as ONNX Runtime does; the output is a copy
+            logits = self._request.infer([batch], share_inputs=True)[self._output]
+        except Exception as error:
+            message = f"{self._path}: openvino failed on {images.shape}: {one_line(error)}"
+            raise MeasurementError(message) from error
+        return np.asarray(logits, dtype=np.float32)
+
+
+def import_openvino() -> Any:
+    """The openvino module, imported without its telemetry.
+
+    Importing openvino sends an event and writes files to ~/intel unless its telemetry package
+    cannot be imported, in which case it falls back to a stub that does nothing.
+
+    Raises:
+        TargetMissingError: openvino is not installed.
+    """
+    placeholder = _TELEMETRY not in sys.modules
+    if placeholder:
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # makes its import fail
+    try:
+        import openvino
+    except ImportError as error:
+        message = (
+            f"openvino cannot be imported ({one_line(error)}); "
+            "pip install 'deploykit-vision[openvino]'"
+        )
+        raise TargetMissingError(message) from error
+    finally:
+        if placeholder:
+            sys.modules.pop(_TELEMETRY, None)
+    return openvino
