@@ -60,6 +60,18 @@ class ImageSet:
     def __len__(self) -> int:
         return self._count
 
+    def subset(self, chosen: Sequence[int]) -> ImageSet:
+        """Some of the images, in the order given."""
+        indices = list(chosen)
+        load = self._load
+        return ImageSet(
+            f"{len(indices)} of {self.description}",
+            None if self.labels is None else self.labels[indices],
+            self.preprocessing,
+            lambda i: load(indices[i]),
+            len(indices),
+        )
+
     def tensor_batches(
         self, batch_size: int
     ) -> Generator[tuple[Tensor, Tensor | None], None, None]:

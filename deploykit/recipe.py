@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 
+RECIPE_VERSION = 1
+"""Of the format; a recipe of another version is refused."""
+
+
 class Bits(NamedTuple):
     """Weight and activation width in bits; 16 means left in float."""
 
@@ -110,6 +114,7 @@ class EvaluationSection(Section):
     data: UserPath | None = None
     images: int | None = Field(default=None, gt=0, description="None: all of them")
     batch_size: int = Field(default=32, gt=0)
+    simulation: bool = Field(default=False, description="also run the simulation on all images")
 
 
 class PruneSection(Section):

@@ -39,7 +39,7 @@ class Data(BaseModel):
 class Preprocessing(Data):
     """How an image file becomes the network's input, (3, size, size) float32.
 
-    The image is converted to RGB, its short side resized to ``round(size / crop_pct)``,
+    The image is converted to RGB, its short side resized to ``floor(size / crop_pct)``,
     centre-cropped to ``size``, scaled to 0..1, then ``(x - mean) / std`` per channel.
     """
 
@@ -173,7 +173,7 @@ class Measurement(Data):
     noisy: bool = Field(description="the interval is too wide for the figure to be used")
     ratio: float | None = Field(
         default=None,
-        description="time against the original's: median over interleaved blocks, below 1 is faster",
+        description="time against the original's, median over interleaved blocks",
     )
     ratio_low: float | None = None
     ratio_high: float | None = None

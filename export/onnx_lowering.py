@@ -55,6 +55,45 @@ def lower_log_sqrt2(x: Any, scale: float, bits: int) -> Any:
     return op.Gather(values, op.Cast(code, to=ir.DataType.INT64), axis=0)
 
 
+def lower_group_norm(
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001  (the operator's signature)
+) -> Any:
+    """A plain normalisation, then the affine part.
+
+    ONNX Runtime has no CPU kernel for GroupNormalization: it expands into a dozen operators that
+    take twice as long. One group is LayerNormalization over everything but the batch, whose
+    obligatory scale is made when the file is loaded; more are InstanceNormalization with each
+    group as a channel.
+    """
+    shape = [int(size) for size in x.shape[1:]]
+    if num_groups == 1:
+        one = ir.tensor(np.ones(1, np.float32), name="one")
+        result, *_ = op.LayerNormalization(
+            x, op.ConstantOfShape(_shape(shape), value=one), axis=1, epsilon=eps
+        )
+    else:
+        ones = op.Constant(value=ir.tensor(np.ones(num_groups, np.float32), name="ones"))
+        zeros = op.Constant(value=ir.tensor(np.zeros(num_groups, np.float32), name="zeros"))
+        grouped = op.Reshape(x, _shape([0, num_groups, -1]))
+        result = op.InstanceNormalization(grouped, ones, zeros, epsilon=eps)
+        result = op.Reshape(result, _shape([0, *shape]))
+    axes = _shape(list(range(1, len(shape))))
+    if weight is not None:
+        result = op.Mul(result, op.Unsqueeze(weight, axes) if len(shape) > 1 else weight)
+    if bias is not None:
+        result = op.Add(result, op.Unsqueeze(bias, axes) if len(shape) > 1 else bias)
+    return result
+
+
+def _shape(sizes: list[int]) -> Any:
+    return op.Constant(value=ir.tensor(np.array(sizes, np.int64), name="shape"))
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For ``torch.onnx.export(custom_translation_table=…)``."""
     ops = torch.ops.deploykit
@@ -62,4 +101,5 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.fake_quantize.default: lower_fake_quantize,
         ops.dequantize.default: lower_dequantize,
         ops.fake_quantize_log_sqrt2.default: lower_log_sqrt2,
+        torch.ops.aten.group_norm.default: lower_group_norm,
     }

@@ -9,21 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from deploykit.graph.quantized import FLOAT, LayerPlan
+from deploykit.graph.signal import sqnr_db
 from deploykit.quant.quantizers.registry import FittedQuantizer
 from deploykit.quant.weights import QuantizedWeight
 
-__all__ = ["layer_sqnr", "sqnr_db"]
-
-
-def sqnr_db(reference: Tensor, other: Tensor) -> float:
-    """``10 log10(|reference|^2 / |reference - other|^2)`` in dB; inf where they are equal."""
-    signal = reference.double().square().sum()
-    noise = (reference.double() - other.double()).square().sum()
-    if noise == 0:
-        return float("inf")
-    if signal == 0:
-        return float("-inf")
-    return float(10 * torch.log10(signal / noise))
+__all__ = ["layer_sqnr"]
 
 
 class _LayerErrors(fx.Interpreter):

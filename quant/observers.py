@@ -102,7 +102,7 @@ def collect_histograms(
     watches: Iterable[Watch],
     batches: Callable[[], Iterable[Tensor]],
     progress: Callable[[int], None] | None = None,
-) -> Mapping[Watch, Histogram]:
+) -> dict[Watch, Histogram]:
     """Run the images twice through the float graph: once for extremes, once for histograms.
 
     Memory: one batch's activations plus ``TENSOR_BINS`` floats a tensor and ``CHANNEL_BINS``

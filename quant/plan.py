@@ -11,12 +11,19 @@ from torch import fx
 from deploykit.graph.edit import constant, is_op, layer_name
 from deploykit.graph.quantized import FLOAT, LayerPlan
 
-__all__ = ["plan_layers"]
+__all__ = ["is_softmax_output", "plan_layers"]
 
 aten = torch.ops.aten
 
 LAYER_OPS = (aten.conv2d.default, aten.conv2d.padding, aten.linear.default)
 MATMUL_OPS = (aten.matmul.default, aten.bmm.default)
+_MOVES = (
+    aten.transpose.int,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.view.default,
+    aten.expand.default,
+)
 
 
 def plan_layers(
@@ -59,7 +66,7 @@ def plan_layers(
         elif is_op(node, *MATMUL_OPS) and all(
             isinstance(arg, fx.Node) and arg.op != "get_attr" for arg in node.args[:2]
         ):
-            softmax = is_op(node.args[0], aten.softmax.int, aten._softmax.default)
+            softmax = any(is_softmax_output(arg) for arg in node.args[:2])
             suffix = "attention_value" if softmax else node.name
             plan = LayerPlan(node.name, f"{name}.{suffix}", "matmul", None, input_bits, softmax)
         else:
@@ -73,6 +80,14 @@ def plan_layers(
             )  # fmt: skip
         plans.append(plan)
     return plans
+
+
+def is_softmax_output(node: object) -> bool:
+    """Whether a node's values are those of a softmax, perhaps transposed or reshaped."""
+    while is_op(node, *_MOVES):
+        assert isinstance(node, fx.Node)
+        node = node.args[0]
+    return is_op(node, aten.softmax.int, aten._softmax.default)
 
 
 def _is_depthwise(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -101,7 +116,7 @@ def _reach(start, step) -> set[fx.Node]:  # type: ignore[no-untyped-def]
     found, seen, todo = set(), set(start), list(start)
     while todo:
         for node in step(todo.pop()):
-            if node in seen:
+            if node in seen or is_op(node, aten.sym_size.int):  # a size is no layer's input
                 continue
             seen.add(node)
             if is_op(node, *LAYER_OPS, *MATMUL_OPS):

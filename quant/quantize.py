@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, fx
 
 from deploykit.graph.capture import CapturedModel
@@ -14,6 +14,7 @@ from deploykit.graph.edit import constant
 from deploykit.graph.quantized import FLOAT, LayerPlan, QuantizedModel
 from deploykit.quant.folds.batch_norm import fold_batch_norm
 from deploykit.quant.folds.norm import NormGroup, find_norm_groups, fold_norm
+from deploykit.quant.histogram_file import load_histograms, save_histograms
 from deploykit.quant.insert import (
     OUTPUT_BITS,
     activation_of,
@@ -21,8 +22,8 @@ from deploykit.quant.insert import (
     needs_output_quantizer,
 )
 from deploykit.quant.layer_error import layer_sqnr
-from deploykit.quant.observers import Histogram, Watch, collect_histograms
-from deploykit.quant.plan import plan_layers
+from deploykit.quant.observers import Watch, collect_histograms
+from deploykit.quant.plan import is_softmax_output, plan_layers
 from deploykit.quant.quantizers import get_quantizer
 from deploykit.quant.quantizers.registry import FittedQuantizer
 from deploykit.quant.quantizers.uniform import UniformQuantizer
@@ -65,6 +66,7 @@ def quantize(
     options: QuantizeOptions,
     batches: Callable[[], Iterable[Tensor]],
     progress: Callable[[int], None] | None = None,
+    histogram_cache: tuple[Path, Callable[[Path, bytes], None]] | None = None,
 ) -> QuantizedModel:
     """Fold, calibrate, choose ranges, round the weights and insert the quantisers.
 
@@ -73,6 +75,7 @@ def quantize(
         batches: gives a fresh iterator of calibration batches, float32 (N, 3, S, S), each time;
             it is used twice.
         progress: called with the number of images done, over two passes.
+        histogram_cache: a file to take the histograms from if it has them, and how to write it.
     """
     model = captured.copy()
     graph_module = model.graph_module
@@ -109,9 +112,13 @@ def quantize(
     watches = {Watch(source) for source, _ in wanted}
     watches |= {Watch(activation_of(nodes[name]).name) for name in output_convs}
     watches |= {Watch(group.norm.name, group.channel_axis) for group in groups}
-    histograms = collect_histograms(
-        graph_module, sorted(watches, key=str), batches, progress
-    )  # sorted: the order of a set must not reach the result
+    ordered = sorted(watches, key=str)  # the order of a set must not reach the result
+    histograms = load_histograms(histogram_cache[0], ordered) if histogram_cache else None
+    if histograms is None:
+        histograms = collect_histograms(graph_module, ordered, batches, progress)
+        if histogram_cache:
+            path, write = histogram_cache
+            write(path, save_histograms(histograms))
 
     activations: dict[tuple[str, int], FittedQuantizer] = {}
     spreads = {}
@@ -186,9 +193,9 @@ def _wanted(
         if plan.input_bits == FLOAT:
             continue
         inputs = nodes[name].args[: 2 if plan.op == "matmul" else 1]
-        for position, source in enumerate(inputs):
+        for source in inputs:
             assert isinstance(source, fx.Node)
-            wanted[source.name, plan.input_bits] = plan.softmax_input and position == 0
+            wanted[source.name, plan.input_bits] = plan.op == "matmul" and is_softmax_output(source)
     return wanted
 
 

@@ -28,7 +28,7 @@ class UniformRange:
     Attributes:
         scale: float32 (C,), at least MIN_SCALE.
         zero_point: float32 (C,), integer valued.
-        error: float32 (C,), mean squared error on the histogram.
+        error: float64 (C,), mean squared error on the histogram.
     """
 
     def __init__(self, scale: Tensor, zero_point: Tensor, error: Tensor) -> None:
@@ -87,14 +87,17 @@ def _search(
         zero_point = zero_point.clamp(0, levels)
     centres = histogram.centres[:, None, :]
     codes = torch.round(centres / scale[..., None]).add_(zero_point[..., None]).clamp_(0, levels)
-    error = codes.sub_(zero_point[..., None]).mul_(scale[..., None]).sub_(centres).square_()
+    # Relative to the widest value: the square of an outlier of 1e30 overflows, and inf * 0 is NaN.
+    widest = torch.maximum(histogram.low.abs(), histogram.high.abs()).clamp(min=MIN_SCALE)
+    error = codes.sub_(zero_point[..., None]).mul_(scale[..., None]).sub_(centres)
+    error = error.div_(widest[:, None, None]).square_()
     total = histogram.counts.sum(1).clamp(min=1)
     mse = (error * histogram.counts[:, None, :]).sum(-1) / total[:, None]
     best = mse.argmin(dim=1, keepdim=True)
     return (
         scale.gather(1, best)[:, 0],
         zero_point.gather(1, best)[:, 0],
-        mse.gather(1, best)[:, 0],
+        mse.gather(1, best)[:, 0].double() * widest.double().square(),
     )
 
 

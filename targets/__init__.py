@@ -1,0 +1,1 @@
+"""The targets room: how an artefact is loaded and timed on each kind of device."""

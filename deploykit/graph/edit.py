@@ -22,7 +22,11 @@ aten = torch.ops.aten
 
 _IDENTITY_OPS = (
     aten.dropout.default,
+    aten.dropout_.default,
     aten.feature_dropout.default,
+    aten.feature_dropout_.default,
+    aten.alpha_dropout.default,
+    aten.alpha_dropout_.default,
     aten.alias.default,
     aten.detach.default,
     aten.detach_.default,
@@ -73,11 +77,16 @@ def users_of(node: fx.Node) -> list[fx.Node]:
 
 
 def remove_dropout(graph_module: fx.GraphModule) -> None:
-    """Remove operators that do nothing at inference."""
+    """Remove operators that do nothing at inference.
+
+    ``contiguous`` is one of them, so each ``view``, which may count on it, becomes a ``reshape``.
+    """
     for node in list(graph_module.graph.nodes):
         if is_op(node, *_IDENTITY_OPS):
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
+        elif is_op(node, aten.view.default):
+            node.target = aten.reshape.default
 
 
 def clean(graph_module: fx.GraphModule) -> None:

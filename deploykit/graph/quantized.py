@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
+from deploykit.graph.edit import is_op
 from deploykit.types import Backbone, PassRecord
 
 __all__ = ["FLOAT", "LayerPlan", "QuantizedModel"]
@@ -23,7 +25,7 @@ class LayerPlan:
         op: ``conv2d``, ``linear`` or ``matmul``.
         weight_bits: FLOAT leaves the weight alone; None for a matmul of two activations.
         input_bits: width of the input(s); FLOAT leaves them alone.
-        softmax_input: the first input of a matmul is a softmax output.
+        softmax_input: one input of a matmul is a softmax output.
         note: why it isn't at the asked widths, or "".
     """
 
@@ -72,3 +74,36 @@ class QuantizedModel:
         result = self.graph_module(images)
         assert isinstance(result, Tensor)
         return result
+
+    def how_it_runs(self) -> dict[str, list[str]]:
+        """Which parts run on integers, are narrower on disk than when computed, or are simulated.
+
+        Counted by weights and by operations, for runtimes that fuse Q/DQ into 8-bit kernels.
+        """
+        layers = [plan for plan in self.plans if plan.weight_bits is not None]
+        integer = [p for p in layers if FLOAT not in (p.weight_bits, p.input_bits)]
+        weight_only = [p for p in layers if p.weight_bits != FLOAT and p.input_bits == FLOAT]
+        matmuls = [p for p in self.plans if p.weight_bits is None and p.input_bits != FLOAT]
+        narrow = [p for p in integer if min(p.weight_bits or 8, p.input_bits) < 8]
+        logs = sum(
+            1
+            for node in self.graph_module.graph.nodes
+            if is_op(node, torch.ops.deploykit.fake_quantize_log_sqrt2.default)
+        )
+        found: dict[str, list[str]] = {"integer": [], "wider": [], "simulated": []}
+        if integer:
+            found["integer"].append(f"{len(integer)} of {len(layers)} layers in 8-bit kernels")
+        if len(matmuls) > logs:
+            found["integer"].append(f"{len(matmuls) - logs} attention matmuls in 8-bit kernels")
+        if narrow:
+            text = f"codes below 8 bits of {len(narrow)} layers are carried in 8-bit kernels"
+            found["wider"].append(text)
+        if weight_only:
+            text = f"weights of {len(weight_only)} layers are dequantised to float when computed"
+            found["wider"].append(text)
+        if logs:
+            text = (
+                f"{logs} log-quantised softmax outputs: the codes' values are multiplied as floats"
+            )
+            found["simulated"].append(text)
+        return found

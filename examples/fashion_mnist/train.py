@@ -1,6 +1,6 @@
 """Train the embedded demo model: SHViT-S1 on Fashion-MNIST at 112 px, on a CPU or a GPU.
 
-    python examples/fashion_mnist/train.py --data /usr/share/datasets/fashion-mnist --out build/train
+    python examples/fashion_mnist/train.py --out build/train
 
 The data are the four ``*-ubyte.gz`` files of Fashion-MNIST (MIT licence; Debian packages
 them as ``dataset-fashion-mnist``). The run writes after every epoch ``state.pt`` (to resume from)
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import time
 from pathlib import Path
 
@@ -148,7 +147,7 @@ def train(args: argparse.Namespace) -> None:
             "epoch": epoch + 1,
         }
         torch.save(state, out / "state.tmp")
-        os.replace(out / "state.tmp", state_file)
+        (out / "state.tmp").replace(state_file)
 
     weights = {
         name: value.half().contiguous() if value.is_floating_point() else value

@@ -48,9 +48,9 @@ def fold_batch_norm(graph_module: fx.GraphModule) -> FoldReport:
         affine = _affine(graph_module, node)
         if affine is None:
             kept[layer_name(node)] = "its statistics are not constants"
-        elif _fold_backward(graph_module, node, *affine):
-            folded += 1
-        elif _fold_forward(graph_module, node, *affine):
+        elif _fold_backward(graph_module, node, *affine) or _fold_forward(
+            graph_module, node, *affine
+        ):
             folded += 1
         else:
             kept[layer_name(node)] = "no convolution or linear layer beside it alone"

@@ -53,7 +53,7 @@ def find_norm_groups(graph_module: fx.GraphModule) -> list[NormGroup]:
 
 
 def _reason(graph_module: fx.GraphModule, norm: fx.Node, weight_at: int) -> str | None:
-    if len(norm.args) <= weight_at + 1 or constant(graph_module, norm.args[weight_at]) is None:
+    if len(norm.args) <= weight_at or constant(graph_module, norm.args[weight_at]) is None:
         return "it has no affine part"
     if is_op(norm, aten.layer_norm.default) and len(norm.args[1]) != 1:  # type: ignore[arg-type]
         return "it normalises more than the channels"
@@ -99,7 +99,8 @@ def fold_norm(
     shift = scale * (zero_point - common_zero)
 
     norm = group.norm
-    gamma, beta = constant(graph_module, norm.args[2]), constant(graph_module, norm.args[3])
+    gamma = constant(graph_module, norm.args[2])
+    beta = constant(graph_module, norm.args[3]) if len(norm.args) > 3 else None
     assert gamma is not None
     new_beta = ((0 if beta is None else beta.double()) + shift) / ratio
     stem = layer_name(norm)

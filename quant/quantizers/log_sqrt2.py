@@ -56,7 +56,8 @@ class LogSqrt2:
             )
             scale = max(float(high), MIN_SCALE)
             values = LogSqrt2Quantizer(scale, bits)(centres)
-            error = float(((values - centres).square() * counts).sum())
+            relative = (values - centres) / max(float(histogram.high[0]), MIN_SCALE)
+            error = float((relative.square() * counts).sum())  # relative: no square overflows
             if error < best_error:
                 best, best_error = scale, error
         return LogSqrt2Quantizer(max(best, MIN_SCALE), bits)

@@ -1,0 +1,276 @@
+"""The command line. Nothing imports this module; it imports what a command needs, when it does."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from deploykit.errors import DeploykitError, ExitCode
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Compress vision backbones, export them, and measure the file that ships.",
+    epilog=(
+        "Exit codes: 0 ok, 1 unexpected, 2 bad input, 3 accuracy gate, 4 latency or size gate, "
+        "5 parity, 6 target missing, 7 measurement invalid, 8 untrained weights, 130 interrupted."
+    ),
+)
+
+ModelName = Annotated[
+    str,
+    typer.Argument(help="Backbone name, module:factory, or checkpoint path."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, last.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="auto, hub, random, or a checkpoint file.", show_default="auto"),
+]
+NumClasses = Annotated[int | None, typer.Option(help="Classes of the head.")]
+ImgSize = Annotated[int | None, typer.Option(help="Input side in pixels.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
+
+
+def _print_json(text: str) -> None:
+    sys.stdout.write(json.dumps(json.loads(text), ensure_ascii=False) + "\n")
+
+
+@app.command()
+def compress(
+    model: Annotated[str | None, typer.Option(help="Backbone name or module:factory.")] = None,
+    bits: Annotated[str | None, typer.Option(help="4, 8, w4a8, w4a16 …")] = None,
+    weights: Weights = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML).")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: section.key=value.")
+    ] = None,
+    calib: Annotated[Path | None, typer.Option(help="Calibration images.")] = None,
+    calib_images: Annotated[int | None, typer.Option(help="How many of them.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Labelled images for accuracy.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Targets, comma separated: cpu-onnxruntime,cpu-openvino.")
+    ] = None,
+    sparsity: Annotated[str | None, typer.Option(help="none or 2:4.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Points of top-1 that may go.")] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Limit of p50 in ms.")] = None,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the latency runs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Batch of the latency runs.")] = None,
+    seed: Seed = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run's files.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Compress, export, verify and measure a backbone."""
+    from deploykit.api import options_to_recipe
+    from deploykit.pipeline import default_output, run
+    from deploykit.progress import Reporter
+    from deploykit.recipe_io import apply_overrides, build_recipe, load_recipe
+    from deploykit.report.terminal import render_terminal
+
+    options = options_to_recipe(
+        model=model,
+        bits=bits,
+        weights=weights,
+        num_classes=num_classes,
+        img_size=img_size,
+        calib=calib,
+        calib_images=calib_images,
+        data=data,
+        targets=None if targets is None else [t.strip() for t in targets.split(",")],
+        sparsity=sparsity,
+        threads=threads,
+        batch_size=batch_size,
+        max_drop=max_drop,
+        max_latency_ms=max_latency,
+        seed=seed,
+    )
+    if recipe is not None:
+        resolved = load_recipe(recipe, set_ or [], options)
+    else:
+        resolved = build_recipe(apply_overrides(options, set_ or []))
+    out = out or default_output(resolved)
+    report = run(
+        resolved,
+        out,
+        command=shlex.join(["deploykit", *sys.argv[1:]]),
+        reporter=Reporter(),
+        resume=resume,
+        overwrite=overwrite,
+    )
+    render_terminal(report, Console(stderr=as_json, highlight=False), out)
+    if as_json:
+        _print_json(report.to_json())
+    return report.exit_code
+
+
+@app.command("list")
+def list_(
+    pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a glob.")] = None,
+    all_timm: Annotated[bool, typer.Option("--all", help="Every model of timm, too.")] = False,
+    as_json: Json = False,
+) -> int:
+    """List the backbones."""
+    from deploykit.backbones.registry import list_backbones
+    from deploykit.tables import backbones_table
+
+    found = list_backbones(pattern, all_timm=all_timm)
+    if as_json:
+        _print_json(json.dumps([spec.model_dump(mode="json") for spec in found]))
+    else:
+        Console(highlight=False).print(backbones_table(found))
+    return 0
+
+
+@app.command()
+def inspect(
+    model: ModelName,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    as_json: Json = False,
+) -> int:
+    """Show size, cost, operators, and what each technique can reach in a backbone."""
+    from deploykit.inspect import inspect_model
+    from deploykit.recipe_io import build_recipe
+    from deploykit.tables import print_inspection
+
+    from deploykit.api import options_to_recipe  # isort: skip
+
+    recipe = build_recipe(
+        options_to_recipe(
+            model=model,
+            weights=weights or "random",
+            num_classes=num_classes,
+            img_size=img_size,
+        )
+    )
+    found = inspect_model(recipe.model, recipe.seed)
+    if as_json:
+        _print_json(found.model_dump_json())
+    else:
+        print_inspection(found, Console(highlight=False))
+    return 0
+
+
+@app.command()
+def check(
+    report: Annotated[Path, typer.Argument(help="report.json, or its folder.")],
+    max_drop: Annotated[float | None, typer.Option(help="Points of top-1 that may go.")] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Limit of p50 in ms.")] = None,
+    max_latency_ratio: Annotated[
+        float | None, typer.Option(help="Limit of the time against the original's.")
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Limit of the file's size.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="An earlier report to be no worse than.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Target the latency limits mean.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Judge a report against limits or an earlier report; the exit code is the answer."""
+    from deploykit.report.gates import evaluate_gates, raise_for_gates
+    from deploykit.report.model import load_report
+    from deploykit.tables import gates_table
+
+    gates = evaluate_gates(
+        load_report(report),
+        max_drop=max_drop,
+        max_latency_ms=max_latency,
+        max_bytes=max_bytes,
+        max_latency_ratio=max_latency_ratio,
+        baseline=None if baseline is None else load_report(baseline),
+        target=target,
+    )
+    Console(stderr=as_json, highlight=False).print(gates_table(gates))
+    if as_json:
+        _print_json(json.dumps([gate.model_dump(mode="json") for gate in gates]))
+    raise_for_gates(gates)
+    return 0
+
+
+@app.command("report")
+def report_(
+    source: Annotated[Path, typer.Argument(help="report.json, or its folder.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write all renderings into this folder.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print Markdown, for a pull request.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Show a report again: in the terminal, as Markdown, as JSON, or as files."""
+    from deploykit.report.markdown import render_markdown
+    from deploykit.report.model import load_report
+    from deploykit.report.terminal import render_terminal
+    from deploykit.report.write import write_report
+
+    found = load_report(source)
+    if out is not None:
+        write_report(found, out)
+    if as_json:
+        _print_json(found.to_json())
+    elif markdown:
+        sys.stdout.write(render_markdown(found))
+    else:
+        render_terminal(found, Console(highlight=False), out)
+    return 0
+
+
+@app.command()
+def doctor(as_json: Json = False) -> int:
+    """Show which targets work here, and how to get the others."""
+    from deploykit.environment import environment
+    from deploykit.tables import doctor_table
+    from deploykit.targets.registry import get_target, list_targets
+
+    rows = [(name, get_target(name).available()) for name in list_targets()]
+    if as_json:
+        targets = {name: reason or "ok" for name, reason in rows}
+        _print_json(json.dumps({"targets": targets, "environment": environment()}))
+    else:
+        Console(highlight=False).print(doctor_table(rows, environment()))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the ``deploykit`` command: runs, prints errors as one line, and exits."""
+    sys.exit(_main(argv))
+
+
+def _main(argv: list[str] | None) -> int:
+    command = typer.main.get_command(app)
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        result: Any = command.main(
+            args=arguments or ["--help"], prog_name="deploykit", standalone_mode=False
+        )
+        return int(result or 0)
+    except DeploykitError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(
+            "interrupted; run the same command with --resume to go on", ExitCode.INTERRUPTED
+        )
+    except typer.TyperException as error:  # an unknown option, a missing argument
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        return _fail(f"{text} (see deploykit --help)", ExitCode.USAGE)
+    except BrokenPipeError:
+        return int(ExitCode.OK)
+
+
+def _fail(message: str, code: ExitCode) -> int:
+    sys.stderr.write(f"deploykit: error: {' '.join(message.split())}\n")
+    return int(code)
+
+
+if __name__ == "__main__":
+    main()

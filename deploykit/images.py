@@ -1,0 +1,77 @@
+"""Which images a run calibrates on and verifies with: the user's, or synthetic ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deploykit.data import ImageSet, open_dataset, synthetic_images
+from deploykit.types import Backbone
+
+__all__ = ["Images", "calibration_images", "verification_images"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images without labels, in a fixed order.
+
+    Attributes:
+        batches: ``batches(n)`` iterates over float32 (n, 3, S, S), from the start each time.
+    """
+
+    description: str
+    count: int
+    batches: Callable[[int], Iterator[Tensor]]
+
+
+def _synthetic(backbone: Backbone, count: int, seed: int) -> Images:
+    images = synthetic_images(count, backbone.preprocessing, seed)
+    return Images(f"synthetic, {count} images", count, lambda size: iter(images.split(size)))
+
+
+def _from_set(images: ImageSet, count: int) -> Images:
+    def batches(size: int) -> Iterator[Tensor]:
+        left = count
+        for batch, _ in images.tensor_batches(size):
+            yield batch[:left]
+            left -= len(batch)
+            if left <= 0:
+                return
+
+    return Images(images.description, count, batches)
+
+
+def calibration_images(path: Path | None, backbone: Backbone, count: int, seed: int) -> Images:
+    """``count`` images of the folder (all, if it has fewer), or synthetic ones without a folder.
+
+    Raises:
+        UsageError: the folder can't be used.
+    """
+    if path is None:
+        return _synthetic(backbone, count, seed)
+    found = open_dataset(path, backbone.preprocessing, labelled=False, limit=count, seed=seed)
+    return _from_set(found, len(found))
+
+
+def verification_images(evaluation: ImageSet | None, calibration: Images, count: int) -> Images:
+    """``count`` images for parity: spread over the labelled ones, else the calibration images."""
+    if evaluation is None:
+        wanted = min(count, calibration.count)
+        first = torch.cat(list(_take(calibration.batches(wanted), wanted)))
+        text = f"first {wanted} of {calibration.description}"
+        return Images(text, wanted, lambda size: iter(first.split(size)))
+    step = max(len(evaluation) // count, 1)
+    chosen = evaluation.subset(range(0, len(evaluation), step)[:count])
+    return _from_set(chosen, len(chosen))
+
+
+def _take(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch[:count]
+        count -= len(batch)
+        if count <= 0:
+            return

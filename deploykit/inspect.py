@@ -1,0 +1,93 @@
+"""``deploykit inspect``: what a backbone is made of, and what each technique can reach in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from deploykit.backbones.build import build_backbone
+from deploykit.backbones.inspection import Inspection, inspect_backbone
+from deploykit.graph.capture import CapturedModel, capture
+from deploykit.prune.semi_structured import sparsify_2_4
+from deploykit.quant.folds.batch_norm import fold_batch_norm
+from deploykit.quant.folds.norm import find_norm_groups
+from deploykit.quant.plan import plan_layers
+from deploykit.recipe import ModelSection
+
+__all__ = ["inspect_model"]
+
+
+def inspect_model(model: ModelSection, seed: int) -> Inspection:
+    """Build, capture and examine a backbone; nothing is written.
+
+    Raises:
+        UsageError: unknown name or unusable weights.
+        DeploykitError: the model can't be captured.
+    """
+    backbone, notes = build_backbone(model, seed)
+    facts = inspect_backbone(backbone, notes)
+    captured = capture(backbone)
+    ops = Counter(
+        str(getattr(node.target, "__name__", node.target)).split(".")[0]
+        for node in captured.graph_module.graph.nodes
+        if node.op == "call_function"
+    )
+    ops.pop("getitem", None)
+    reach = _reach(captured)
+    pruned = sparsify_2_4(backbone.module)[1]
+    declined = Counter(
+        "channels" if "not /" in why else why for why in pruned.details["declined"].values()
+    )
+    reach["2:4 sparsity"] = {
+        "reaches": pruned.summary.split(" of ")[0],
+        "of": "weights",
+        "why": _counts(declined, {"channels": "inputs not / 16 or outputs not / 8"}),
+    }
+    if not captured.dynamic_batch:
+        notes = [*facts.notes, "the model fixes its batch size at 1"]
+        facts = facts.model_copy(update={"notes": notes})
+    return facts.model_copy(update={"captured_ops": dict(ops.most_common()), "reach": reach})
+
+
+def _reach(captured: CapturedModel) -> dict[str, dict[str, int | str]]:
+    graph_module = captured.copy().graph_module
+    folded = fold_batch_norm(graph_module)
+    plans = plan_layers(graph_module, 8, 8)
+    groups = find_norm_groups(graph_module)
+    foldable = [group for group in groups if group.declined is None]
+    declined = Counter(_plain(group.declined) for group in groups if group.declined is not None)
+    kinds = Counter(plan.op for plan in plans)
+    softmax = sum(plan.softmax_input for plan in plans)
+    total = folded.folded + len(folded.kept)
+    return {
+        "quantised layers": {
+            "reaches": len(plans) - kinds["matmul"],
+            "of": len(plans) - kinds["matmul"],
+            "why": f"{kinds['conv2d']} conv2d, {kinds['linear']} linear",
+        },
+        "quantised attention matmuls": {
+            "reaches": kinds["matmul"],
+            "of": kinds["matmul"],
+            "why": "",
+        },
+        "log-quantised softmax": {"reaches": softmax, "of": kinds["matmul"] // 2, "why": ""},
+        "BatchNorm fold": {
+            "reaches": folded.folded,
+            "of": total,
+            "why": _counts(Counter(folded.kept.values()), {}),
+        },
+        "RepQ norm fold": {
+            "reaches": len(foldable),
+            "of": len(groups),
+            "why": _counts(declined, {}),
+        },
+    }
+
+
+def _plain(reason: str) -> str:
+    """A reason without the node's name, so that equal reasons count together."""
+    _, found, rest = reason.partition(" reads it")
+    return f"another operator reads it{rest}" if found else reason
+
+
+def _counts(reasons: Counter[str], words: dict[str, str]) -> str:
+    return "; ".join(f"{count} x {words.get(why, why)}" for why, count in reasons.most_common())

@@ -1,0 +1,47 @@
+"""Progress on the terminal's error stream: bars for people, one line a step for logs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Reporter"]
+
+
+class Reporter:
+    """Says what the run is doing. Everything goes to standard error."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.quiet = quiet
+
+    def note(self, text: str) -> None:
+        """One line the user should read."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def step(self, title: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+        """A step of the run. Yields a function to call with how much more is done."""
+        if self.quiet:
+            yield lambda _: None
+            return
+        if not self.console.is_terminal:
+            started = time.monotonic()
+            yield lambda _: None
+            self.note(f"{title}: {time.monotonic() - started:.1f} s")
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda amount: progress.advance(task, amount)
+            progress.update(task, total=total or 1, completed=total or 1)

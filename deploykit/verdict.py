@@ -1,0 +1,68 @@
+"""From what was found out to one word, its reasons, and the exit code."""
+
+from __future__ import annotations
+
+from deploykit.errors import ExitCode
+from deploykit.recipe import GatesSection
+from deploykit.report.gates import evaluate_gates
+from deploykit.report.model import Report
+
+__all__ = ["judge"]
+
+
+def judge(report: Report, gates: GatesSection) -> Report:
+    """The report with gates, verdict, reasons and exit code filled in.
+
+    A missed gate or parity outweighs untrained weights, and these outweigh unmeasured accuracy.
+    """
+    results = evaluate_gates(report, max_drop=gates.max_drop, max_latency_ms=gates.max_latency_ms)
+    failed = [gate for gate in results if not gate.passed]
+    reasons = [f"{gate.name}: {gate.reason}" for gate in failed]
+    code = ExitCode.OK
+    if failed:
+        verdict = "failed"
+        order = [ExitCode.PARITY, ExitCode.ACCURACY, ExitCode.LATENCY, ExitCode.MEASUREMENT]
+        codes = {gate.exit_code for gate in failed}
+        code = next((c for c in order if c in codes), ExitCode.USAGE)
+    elif not report.weights.trained:
+        verdict = "not for deployment"
+        reasons.append(f"the weights are untrained ({report.weights.source})")
+        code = ExitCode.UNTRAINED if report.weights.kind == "untrained" else ExitCode.OK
+    elif not report.accuracy:
+        verdict = "accuracy not measured"
+        reasons.append("no labelled images were given: give --data DIR")
+    else:
+        verdict = "ok"
+        reasons += [_accuracy(report), *_latency(report)]
+    if "synthetic" in report.calibration and report.weights.trained:
+        reasons.append("calibrated on synthetic images: give --calib DIR")
+    return report.model_copy(
+        update={
+            "gates": results,
+            "verdict": verdict,
+            "verdict_reasons": reasons,
+            "exit_code": int(code),
+        }
+    )
+
+
+def _accuracy(report: Report) -> str:
+    found = report.accuracy[0]
+    return (
+        f"{found.drop:+.2f} points lost ({found.drop_low:+.2f} to {found.drop_high:+.2f}) "
+        f"on {found.images} images"
+    )
+
+
+def _latency(report: Report) -> list[str]:
+    lines = []
+    for m in report.measurements:
+        if m.artifact == "original" or m.ratio is None:
+            continue
+        if m.noisy:
+            lines.append(f"latency on {m.target} is too noisy to use")
+        elif m.ratio_low is not None and m.ratio_low > 1:
+            lines.append(f"slower than the original on {m.target} ({m.ratio:.2f} of its time)")
+        else:
+            lines.append(f"takes {m.ratio:.2f} of the original's time on {m.target}")
+    return lines

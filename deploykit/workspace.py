@@ -1,0 +1,114 @@
+"""The output folder while a run is under way: what is done is kept, so --resume can go on.
+
+Finished steps are files under ``OUT/.work``. Each is written whole or not at all. The folder is
+removed when the run completes. A run that fails on its user's input leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deploykit.errors import UsageError
+from deploykit.fsio import atomic_write_bytes, atomic_write_text, ensure_directory
+
+__all__ = ["Workspace", "open_workspace"]
+
+_OURS = (".work", "report.json", "recipe.yaml")
+_STAMP = "run.json"
+
+
+class Workspace:
+    """An output folder and the steps of the present run that are already done."""
+
+    def __init__(self, out: Path, resumed: bool, created: bool) -> None:
+        self.out = out
+        self.work = out / ".work"
+        self.resumed = resumed
+        self._created = created
+
+    def cached(self, step: str, compute: Callable[[], Any]) -> Any:
+        """The JSON result of a step: read if it is there, else computed and kept.
+
+        Args:
+            step: unique name, a valid file name.
+            compute: returns JSON-able data.
+        """
+        path = self.work / f"{step}.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+        result = compute()
+        atomic_write_text(path, json.dumps(result))
+        return result
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a file of the run, whole or not at all."""
+        atomic_write_bytes(path, data)
+
+    def finish(self) -> None:
+        """The run is complete: drop what only a resumed run would need."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def discard(self) -> None:
+        """The run ends on its user's input: leave nothing that wasn't there before it."""
+        if self.resumed:
+            return
+        shutil.rmtree(self.work, ignore_errors=True)
+        if self._created:
+            shutil.rmtree(self.out, ignore_errors=True)
+
+
+def open_workspace(
+    out: Path, recipe_text: str, version: str, *, resume: bool, overwrite: bool
+) -> Workspace:
+    """Make or reopen the output folder of a run.
+
+    Raises:
+        UsageError: the folder has files and neither ``resume`` nor ``overwrite`` is given; it
+            isn't ours to overwrite; the interrupted run in it had another recipe; it can't be
+            written.
+    """
+    if out.exists() and not out.is_dir():
+        message = f"output {out}: wanted a folder, got a file; choose another -o"
+        raise UsageError(message)
+    key = hashlib.sha256(f"{version}\n{recipe_text}".encode()).hexdigest()
+    stamp = out / ".work" / _STAMP
+    created = not out.exists()
+    occupied = not created and any(out.iterdir())
+    resumed = False
+    if occupied and resume:
+        if not stamp.exists():
+            message = f"output {out}: no interrupted run to resume; use --overwrite or another -o"
+            raise UsageError(message)
+        try:
+            earlier = json.loads(stamp.read_text(encoding="utf-8"))["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            earlier = None
+        if earlier != key:
+            message = (
+                f"output {out}: the interrupted run had another recipe or deploykit version; "
+                "give the same options, or start over with --overwrite"
+            )
+            raise UsageError(message)
+        resumed = True
+    elif occupied and overwrite:
+        if not any((out / name).exists() for name in _OURS):
+            message = f"output {out}: has files no run of deploykit made; choose another -o"
+            raise UsageError(message)
+        shutil.rmtree(out / ".work", ignore_errors=True)
+    elif occupied:
+        message = f"output {out} isn't empty: use --overwrite, --resume or another -o"
+        raise UsageError(message)
+    workspace = Workspace(out, resumed, created)
+    try:
+        ensure_directory(workspace.work)
+        if not resumed:
+            atomic_write_text(stamp, json.dumps({"key": key}))
+    except UsageError:
+        workspace.discard()
+        raise
+    return workspace

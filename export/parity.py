@@ -1,0 +1,130 @@
+"""Does the file compute what the graph computes? Compared on the same images.
+
+Two float programs that add in another order differ by about 1e-6 of their values, and nothing
+amplifies that: 80 dB is easily reached. A graph with quantised activations is another matter.
+Wherever a value lies at the edge between two codes, that 1e-6 decides which code it gets; the
+flipped code moves later values, which flip more codes. Rerunning the *same* simulation with its
+input changed by 1e-6 shows how far this goes (the floor, printed beside each figure): after some
+dozen layers the difference is as large as the quantisation noise itself. So a quantised file
+must differ from its simulation by no more than the noise that quantisation makes anyway, and,
+the sharper demand, must not be farther from the float model than the simulation is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deploykit.graph.signal import sqnr_db
+from deploykit.types import ParityRow
+
+__all__ = ["Reference", "compare", "make_reference"]
+
+FLOAT_SQNR_DB = 80.0
+NOISE_MARGIN_DB = 3.0  # both differ from the float model by independent noise of equal power
+EXCESS_DB = 1.0
+PERTURBATION = 1e-6
+_DRAWS = 3
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an artefact's logits are compared with.
+
+    Attributes:
+        name: of the model in torch, such as ``simulation (torch)``.
+        logits: (N, classes) of the graph the artefact was lowered from.
+        float_logits: (N, classes) of the float model, if the graph quantises activations;
+            None if the graph has no rounding inside.
+        floor_sqnr_db: SQNR of the graph against itself with the input changed by 1e-6.
+        floor_flips: most top-1 changes among N images in such a rerun.
+    """
+
+    name: str
+    logits: Tensor
+    float_logits: Tensor | None
+    floor_sqnr_db: float
+    floor_flips: int
+
+
+@torch.no_grad()
+def make_reference(
+    name: str,
+    run: Callable[[Tensor], Tensor],
+    images: Tensor,
+    float_logits: Tensor | None,
+    seed: int,
+) -> Reference:
+    """Run the graph on the images, and (if it rounds inside) again with them hardly changed.
+
+    Args:
+        run: (N, 3, S, S) to (N, classes).
+        images: (N, 3, S, S) float32.
+        float_logits: the float model's logits on the images, if the graph quantises
+            activations, else None.
+    """
+    logits = run(images)
+    if float_logits is None:
+        return Reference(name, logits, None, math.inf, 0)
+    generator = torch.Generator().manual_seed(seed)
+    floor, flips = math.inf, 0
+    for _ in range(_DRAWS):
+        noise = torch.randn(images.shape, generator=generator) * PERTURBATION
+        again = run(images * (1 + noise))
+        floor = min(floor, sqnr_db(logits, again))
+        flips = max(flips, int((logits.argmax(1) != again.argmax(1)).sum()))
+    return Reference(name, logits, float_logits, floor, flips)
+
+
+def compare(
+    artifact: str,
+    runtime: str,
+    batch: int,
+    logits: Tensor,
+    reference: Reference,
+    data: str,
+) -> ParityRow:
+    """Judge an artefact's logits, got at one batch size, against the reference's.
+
+    Args:
+        logits: (N, classes) float32, for the reference's images in order.
+        data: what the images were.
+    """
+    wanted = reference.logits
+    count = len(wanted)
+    difference = (logits.double() - wanted.double()).abs()
+    sqnr = sqnr_db(wanted, logits)
+    disagree = int((logits.argmax(1) != wanted.argmax(1)).sum())
+    if reference.float_logits is None:
+        passed = sqnr >= FLOAT_SQNR_DB
+        tolerance = f"SQNR >= {FLOAT_SQNR_DB:g} dB: same arithmetic, only the order of sums differs"
+    else:
+        own = sqnr_db(reference.float_logits, wanted)
+        theirs = sqnr_db(reference.float_logits, logits)
+        allowed = 2 * reference.floor_flips + 1
+        needed = min(own - NOISE_MARGIN_DB, FLOAT_SQNR_DB)
+        passed = sqnr >= needed and theirs >= own - EXCESS_DB and disagree <= allowed
+        tolerance = (
+            f"SQNR >= {needed:.1f} dB (the quantisation noise is at {own:.1f} dB; a change of the "
+            f"input by 1e-6 alone gives {reference.floor_sqnr_db:.1f} dB); distance to the float "
+            f"model within {EXCESS_DB:g} dB of the simulation's (it is {theirs:.1f} dB); at most "
+            f"{allowed} of {count} top-1 changed"
+        )
+    return ParityRow(
+        artifact=artifact,
+        reference=reference.name,
+        runtime=runtime,
+        batch=batch,
+        images=count,
+        data=data,
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        sqnr_db=sqnr,
+        top1_agreement=100 * (count - disagree) / count,
+        tolerance=tolerance,
+        passed=bool(passed and torch.isfinite(logits).all()),
+    )
