@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -201,8 +202,8 @@ class _Job:
                     self.workspace.write(path, data)
                 return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-            facts = self.workspace.cached(f"artifact-{name}", write)
-            split = quantized.how_it_runs() if name == "compressed" else {}
+            facts: dict[str, Any] = self.workspace.cached(f"artifact-{name}", write)
+            split: dict[str, Any] = quantized.how_it_runs() if name == "compressed" else {}
             made.append(
                 Artifact(
                     name=name,

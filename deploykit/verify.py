@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,12 +136,14 @@ def measure_accuracy(
             found: list[int] = top1_and_predictions(run, data, size, progress).tolist()
             return found
 
-    threads = len(allowed_cores())
+    def of_artifact(artifact: Artifact) -> list[int]:
+        return predictions(artifact.name, _runner(target, artifact.path, len(allowed_cores())))
+
     found = {
         artifact.name: torch.tensor(
             workspace.cached(
                 f"predictions-{artifact.name}",
-                lambda a=artifact: predictions(a.name, _runner(target, a.path, threads)),
+                partial(of_artifact, artifact),
             )
         )
         for artifact in artifacts

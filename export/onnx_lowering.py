@@ -15,7 +15,7 @@ __all__ = ["OPSET", "translation_table"]
 OPSET = 21
 
 
-def _scalar(value: float, dtype: type[np.generic], name: str) -> Any:
+def _scalar(value: float | np.generic, dtype: type[np.generic], name: str) -> Any:
     return op.Constant(value=ir.tensor(np.array(value, dtype=dtype), name=name))
 
 
@@ -61,7 +61,7 @@ def lower_group_norm(
     weight: Any = None,
     bias: Any = None,
     eps: float = 1e-5,
-    cudnn_enabled: bool = True,  # noqa: ARG001  (the operator's signature)
+    cudnn_enabled: bool = True,
 ) -> Any:
     """A plain normalisation, then the affine part.
 

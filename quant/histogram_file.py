@@ -23,7 +23,8 @@ def save_histograms(histograms: Mapping[Watch, Histogram]) -> bytes:
     for watch, histogram in histograms.items():
         for part in ("low", "high", "counts"):
             tensors[f"{_key(watch)}|{part}"] = getattr(histogram, part).contiguous()
-    return save(tensors)
+    data: bytes = save(tensors)
+    return data
 
 
 def load_histograms(path: Path, watches: Sequence[Watch]) -> dict[Watch, Histogram] | None:
@@ -37,5 +38,5 @@ def load_histograms(path: Path, watches: Sequence[Watch]) -> dict[Watch, Histogr
         parts = [tensors.get(f"{_key(watch)}|{part}") for part in ("low", "high", "counts")]
         if any(part is None for part in parts):
             return None
-        found[watch] = Histogram(*parts)  # type: ignore[arg-type]
+        found[watch] = Histogram(*parts)
     return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -93,12 +95,12 @@ def insert_quantizers(
         with graph.inserting_after(source):
             new = quantizer.insert(graph, source)
         _adopt(new, source)
-        source.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+        source.replace_all_uses_with(new, delete_user_cb=partial(operator.is_not, new))
         quantized[source.name, quantizer.bits] = new
-        nodes[f"{source.name}:output"] = new
         done.outputs += 1
 
-    def quantize_input(source: fx.Node, bits: int) -> fx.Node:
+    def quantize_input(source: object, bits: int) -> fx.Node:
+        assert isinstance(source, fx.Node)
         origin = _origin(source)
         key = (origin.name, bits)
         if key not in quantized:
@@ -115,7 +117,7 @@ def insert_quantizers(
         node = nodes[name]
         inputs = 2 if plan.op == "matmul" else 1
         if plan.input_bits != FLOAT:
-            new_inputs = [quantize_input(arg, plan.input_bits) for arg in node.args[:inputs]]  # type: ignore[arg-type]
+            new_inputs = [quantize_input(arg, plan.input_bits) for arg in node.args[:inputs]]
             node.args = (*new_inputs, *node.args[inputs:])
         if name in weights:
             scale = None

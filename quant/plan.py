@@ -93,7 +93,7 @@ def is_softmax_output(node: object) -> bool:
 def _is_depthwise(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     weight = constant(graph_module, node.args[1])
     groups = node.args[6] if len(node.args) > 6 else 1
-    return weight is not None and weight.ndim == 4 and groups == weight.shape[0] and groups != 1
+    return weight is not None and weight.ndim == 4 and groups in set(weight.shape[:1]) - {1}
 
 
 def _first_layers(graph_module: fx.GraphModule) -> set[fx.Node]:

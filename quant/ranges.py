@@ -131,13 +131,14 @@ def weight_scale(
     """
     rows = weight.detach().movedim(axis, 0).flatten(1).float()
     positive, negative = 2 ** (bits - 1) - 1, -(2 ** (bits - 1))
-    widest = (rows.abs().amax(1) / positive).clamp(min=MIN_SCALE)
+    widest: Tensor = (rows.abs().amax(1) / positive).clamp(min=MIN_SCALE)
     if method == "minmax":
         return widest
     # At 8 bits nothing below 3/4 of the range ever wins; at 2 bits down to a fifth can.
     lowest = {2: 0.2, 3: 0.25, 4: 0.35, 5: 0.5, 6: 0.6, 7: 0.7}.get(bits, 0.75)
     steps = WEIGHT_SHRINK_STEPS if bits < 7 else WEIGHT_SHRINK_STEPS // 4
-    best_scale, best_error = widest.clone(), torch.full_like(widest, torch.inf)
+    best_scale = widest.clone()
+    best_error = torch.full_like(widest, torch.inf)
     for factor in torch.linspace(lowest, 1.0, steps).tolist():
         scale = widest * factor
         codes = torch.round(rows / scale[:, None]).clamp_(negative, positive)

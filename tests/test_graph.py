@@ -8,13 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from deploykit.errors import DeploykitError
-from deploykit.graph.capture import capture
-from deploykit.graph.edit import add_tensor, clean, constant
-from deploykit.graph.signal import sqnr_db
-from tests.graphs import (
+from graphs import (
     SIZE,
     aten,
     captured,
@@ -25,6 +19,12 @@ from tests.graphs import (
     tiny_shvit,
     tiny_vit,
 )
+from torch import Tensor, nn
+
+from deploykit.errors import DeploykitError
+from deploykit.graph.capture import capture
+from deploykit.graph.edit import add_tensor, clean, constant
+from deploykit.graph.signal import sqnr_db
 
 
 class Attention(nn.Module):
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.transpose(1, 2).flatten(2)
-        q, k, v = self.qkv(x).reshape(len(x), SIZE, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).reshape(x.shape[0], SIZE, 3, 2, 8).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, **self.options)
         return x.transpose(1, 2).flatten(2).mean(1)
 
@@ -51,7 +51,7 @@ class Contiguous(nn.Module):
         self.head = nn.Linear(3 * SIZE, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x.transpose(1, 2).contiguous().view(len(x), SIZE, 3 * SIZE)).mean(1)
+        return self.head(x.transpose(1, 2).contiguous().view(x.shape[0], SIZE, 3 * SIZE)).mean(1)
 
 
 class Dropped(nn.Module):

@@ -1,0 +1,1 @@
+"""Backbones: names, construction, weights, and facts. Own families are one file each."""

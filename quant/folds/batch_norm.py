@@ -21,6 +21,7 @@ CONV_OPS = (
     aten.conv3d.default,
 )
 _RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+_LIKE = (aten.reshape_as.default, aten.view_as.default, aten.expand_as.default)
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,23 @@ def _replace_layer(
     return True
 
 
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The users that read a node's values, not only its shape."""
+    return [
+        user
+        for user in node.users
+        if not is_op(user, aten.sym_size.int)
+        and not (is_op(user, *_LIKE) and user.args[0] is not node)
+    ]
+
+
 def _fold_backward(
     graph_module: fx.GraphModule, norm: fx.Node, scale: Tensor, shift: Tensor
 ) -> bool:
     source = norm.args[0]
     assert isinstance(source, fx.Node)
     layer = source
-    if is_op(source, *_RESHAPES) and len(source.users) == 1:
+    if is_op(source, *_RESHAPES) and len(_readers(source)) == 1:
         before = source.args[0]
         # Only a reshape that keeps the channels last, (…, C) to (M, C), commutes with the norm.
         value = source.meta.get("val")
@@ -110,7 +121,7 @@ def _fold_backward(
             if before_value is not None and before_value.shape[-1] == value.shape[-1]:
                 layer = before
     is_linear = is_op(layer, aten.linear.default)
-    if not (is_linear or is_op(layer, *CONV_OPS)) or len(layer.users) != 1:
+    if not (is_linear or is_op(layer, *CONV_OPS)) or len(_readers(layer)) != 1:
         return False
     if is_linear and layer is source:
         value = layer.meta.get("val")

@@ -22,7 +22,8 @@ __all__ = [
 class FittedQuantizer(Protocol):
     """A quantiser with its parameters: a function, and a node of the quantised graph."""
 
-    bits: int
+    @property
+    def bits(self) -> int: ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantise and dequantise, float32 in and out, any shape."""
