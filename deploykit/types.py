@@ -120,7 +120,13 @@ class ParityRow(Data):
     mean_abs: float
     sqnr_db: float
     top1_agreement: float = Field(description="percent")
-    tolerance: str = Field(description="what was demanded, and why")
+    noise_db: float | None = Field(
+        default=None, description="SQNR of the simulation against the float model"
+    )
+    floor_db: float | None = Field(
+        default=None, description="SQNR of the simulation against itself, input changed by 1e-6"
+    )
+    tolerance: str = Field(description="what was demanded")
     passed: bool
 
 
@@ -180,6 +186,9 @@ class Measurement(Data):
     peak_rss_bytes: int | None = None
     load_ms: float | None = None
     warmup: dict[str, float | bool] = {}
+    kernels: dict[str, int] = Field(
+        default={}, description="computing kernels of the loaded file: int8 or float, and how many"
+    )
     device: DeviceDescription
     samples_ms: list[float] = Field(default=[], description="every timed call, in order")
 

@@ -49,8 +49,8 @@ def judge(report: Report, gates: GatesSection) -> Report:
 def _accuracy(report: Report) -> str:
     found = report.accuracy[0]
     return (
-        f"{found.drop:+.2f} points lost ({found.drop_low:+.2f} to {found.drop_high:+.2f}) "
-        f"on {found.images} images"
+        f"top-1 {found.top1_original:.2f} % became {found.top1:.2f} % in the file that ships "
+        f"({found.images} images)"
     )
 
 

@@ -130,7 +130,9 @@ def _pack_four_bit(model: ir.Model, names: set[str]) -> None:
     """
     graph = model.graph
     for name in sorted(names):
-        codes = graph.initializers[name]
+        codes = graph.initializers.get(name)
+        if codes is None:  # equal to another layer's: the exporter made them one
+            continue
         assert codes.const_value is not None
         array = codes.const_value.numpy().astype(ml_dtypes.int4)
         packed = ir.Value(
@@ -141,10 +143,9 @@ def _pack_four_bit(model: ir.Model, names: set[str]) -> None:
         )
         graph.register_initializer(packed)
         uses = list(codes.uses())
-        first = uses[0].node
         cast = ir.node("Cast", [packed], {"to": ir.DataType.INT8}, name=f"{name}_to_int8")
         cast.outputs[0].name = f"{name}_int8"
-        graph.insert_before(first, cast)
+        graph.insert_before(graph[0], cast)  # merged codes have readers anywhere
         for node, index in uses:
             node.replace_input_with(index, cast.outputs[0])
         graph.initializers.pop(name)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from deploykit.graph.edit import add_tensor, clean, constant, is_op
 from deploykit.graph.quantized import FLOAT, LayerPlan
+from deploykit.quant.plan import MOVES
 from deploykit.quant.quantizers.registry import FittedQuantizer
 from deploykit.quant.quantizers.uniform import UniformQuantizer
 from deploykit.quant.weights import QuantizedWeight, quantize_bias
@@ -61,12 +62,37 @@ def needs_output_quantizer(node: fx.Node, plans: Mapping[str, LayerPlan]) -> boo
 
     Integer convolution kernels write 8-bit integers, so a convolution runs in float unless its
     output is quantised too. (Matrix products may write floats and need none.)
+
+    One that is joined with something else, such as a ViT's patches with its class token, is left
+    alone: OpenVINO carries the 8-bit codes through the Concat and rounds the other part as well.
     """
+    if _joins_others(activation_of(node)):
+        return False
     for user in activation_of(node).users:
         plan = plans.get(user.name)
         if plan is None or plan.input_bits != OUTPUT_BITS:
             return True
     return False
+
+
+def _joins_others(node: fx.Node) -> bool:
+    """Whether a result meets, perhaps reshaped, anything but other convolutions in a Concat."""
+    for user in node.users:
+        if is_op(user, *MOVES) and user.args[0] is node and _joins_others(user):
+            return True
+        if is_op(user, aten.cat.default) and not all(
+            _is_convolution(part)
+            for part in user.args[0]  # type: ignore[union-attr]
+        ):
+            return True
+    return False
+
+
+def _is_convolution(node: object) -> bool:
+    while is_op(node, *MOVES, *_CLIPS):
+        assert isinstance(node, fx.Node)
+        node = node.args[0]
+    return is_op(node, aten.conv2d.default, aten.conv2d.padding)
 
 
 def insert_quantizers(
@@ -178,6 +204,8 @@ def _write_weight(
         weight_node = graph.call_function(dequantize, (codes_node, scale_node, axis, weight.bits))
     done.weights += 1
     bias_node = node.args[2] if len(node.args) > 2 else None
+    if not linear or _rank(node) == 2:  # (N, features): runtimes make an integer Gemm of it
+        bias_node = _write_bias(graph_module, node, plan, weight, input_scale, done)
     if linear:
         with graph.inserting_before(node):
             result = graph.call_function(aten.matmul.default, (node.args[0], weight_node))
@@ -187,12 +215,32 @@ def _write_weight(
         node.replace_all_uses_with(result)
         graph.erase_node(node)
         return
-    bias: Tensor | None = constant(graph_module, bias_node)
-    if bias is not None and input_scale is not None:
-        quantized = quantize_bias(bias, input_scale, weight)
-        bias_codes = add_tensor(graph_module, f"{stem}.bias_codes", quantized.codes, node)
-        bias_scale = add_tensor(graph_module, f"{stem}.bias_scale", quantized.scale, node)
-        with graph.inserting_before(node):
-            bias_node = graph.call_function(dequantize, (bias_codes, bias_scale, 0, 32))
-        done.biases += 1
     node.args = (node.args[0], weight_node, bias_node, *node.args[3:])
+
+
+def _rank(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return None if value is None else int(value.ndim)
+
+
+def _write_bias(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    plan: LayerPlan,
+    weight: QuantizedWeight,
+    input_scale: float | None,
+    done: Inserted,
+) -> fx.Node | None:
+    """The bias as int32 codes where the layer's input is on a uniform grid, else as it is."""
+    bias_node = node.args[2] if len(node.args) > 2 else None
+    bias: Tensor | None = constant(graph_module, bias_node)
+    if bias is None or input_scale is None:
+        return bias_node if isinstance(bias_node, fx.Node) else None
+    quantized = quantize_bias(bias, input_scale, weight)
+    codes = add_tensor(graph_module, f"{plan.layer}.bias_codes", quantized.codes, node)
+    scale = add_tensor(graph_module, f"{plan.layer}.bias_scale", quantized.scale, node)
+    with graph_module.graph.inserting_before(node):
+        dequantize = torch.ops.deploykit.dequantize.default
+        result = graph_module.graph.call_function(dequantize, (codes, scale, 0, 32))
+    done.biases += 1
+    return result

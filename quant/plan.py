@@ -17,12 +17,13 @@ aten = torch.ops.aten
 
 LAYER_OPS = (aten.conv2d.default, aten.conv2d.padding, aten.linear.default)
 MATMUL_OPS = (aten.matmul.default, aten.bmm.default)
-_MOVES = (
+MOVES = (
     aten.transpose.int,
     aten.permute.default,
     aten.reshape.default,
     aten.view.default,
     aten.expand.default,
+    aten.flatten.using_ints,
 )
 
 
@@ -84,7 +85,7 @@ def plan_layers(
 
 def is_softmax_output(node: object) -> bool:
     """Whether a node's values are those of a softmax, perhaps transposed or reshaped."""
-    while is_op(node, *_MOVES):
+    while is_op(node, *MOVES):
         assert isinstance(node, fx.Node)
         node = node.args[0]
     return is_op(node, aten.softmax.int, aten._softmax.default)

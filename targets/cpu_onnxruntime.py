@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,13 @@ from deploykit.errors import MeasurementError, TargetMissingError, UsageError
 from deploykit.targets.registry import FloatArray, Runner, one_line, register_target
 
 __all__ = ["CpuOnnxRuntime", "import_onnxruntime"]
+
+
+_INT8 = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger",
+         "ConvInteger", "DynamicQuantizeMatMul")  # fmt: skip
+_FLOAT = ("Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Attention",
+          "MultiHeadAttention", "MatMulNBits")  # fmt: skip
+_KERNELS = {name: f"int8 {name}" for name in _INT8} | {name: f"float {name}" for name in _FLOAT}
 
 
 @register_target("cpu-onnxruntime")
@@ -32,6 +41,24 @@ class CpuOnnxRuntime:
     def runtime(self) -> str:
         """Name, version and float precision."""
         return f"onnxruntime {import_onnxruntime().__version__}, float32"
+
+    def kernels(self, path: Path) -> dict[str, int]:
+        """Layers and matrix products after the runtime's own fusions, by kernel.
+
+        Raises:
+            TargetMissingError: onnxruntime is not installed.
+        """
+        import onnx
+
+        onnxruntime = import_onnxruntime()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        with tempfile.TemporaryDirectory() as folder:
+            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+            providers = ["CPUExecutionProvider"]
+            onnxruntime.InferenceSession(str(path), options, providers=providers)
+            nodes = onnx.load(options.optimized_model_filepath).graph.node
+        return dict(Counter(_KERNELS[node.op_type] for node in nodes if node.op_type in _KERNELS))
 
     def load(self, path: Path, threads: int) -> Runner:
         """A session on ``threads`` threads.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from deploykit.targets.registry import FloatArray, Runner, one_line, register_ta
 __all__ = ["CpuOpenvino", "import_openvino"]
 
 _TELEMETRY = "openvino_telemetry"
+
+
+_LAYERS = ("Convolution", "FullyConnected", "MatMul", "ScaledDotProductAttention")
 
 
 @register_target("cpu-openvino")
@@ -35,6 +39,24 @@ class CpuOpenvino:
         """Name, version and float precision."""
         version = str(import_openvino().get_version())
         return f"openvino {'-'.join(version.split('-')[:2])}, float32"
+
+    def kernels(self, path: Path) -> dict[str, int]:
+        """Layers and matrix products of the compiled model, by precision.
+
+        Raises:
+            TargetMissingError: openvino is not installed.
+        """
+        core = import_openvino().Core()
+        options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
+        counts: Counter[str] = Counter()
+        for node in compiled.get_runtime_model().get_ordered_ops():
+            facts = node.get_rt_info()
+            kind = str(facts["layerType"]) if "layerType" in facts else ""
+            if kind in _LAYERS:
+                integer = str(facts["runtimePrecision"]) in ("i8", "u8")
+                counts[f"{'int8' if integer else 'float'} {kind}"] += 1
+        return dict(counts)
 
     def load(self, path: Path, threads: int) -> Runner:
         """A compiled model on ``threads`` threads.

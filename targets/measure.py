@@ -150,6 +150,7 @@ def _assemble(
                     "device": timed["device"],
                     "peak_rss_bytes": alone["peak_rss_bytes"],
                     "load_ms": alone["load_ms"],
+                    "kernels": alone["kernels"],
                 }
             )
             for (name, _, precision), figures, alone in zip(

@@ -57,6 +57,13 @@ class Target(Protocol):
         """Name, version and float precision of the runtime, for the report."""
         ...
 
+    def kernels(self, path: Path) -> dict[str, int]:
+        """What the runtime makes of the file: each kernel that computes, and how many of it.
+
+        Names are the runtime's own, with ``int8`` or ``float`` in front.
+        """
+        ...
+
     def load(self, path: Path, threads: int) -> Runner:
         """Load the artefact at ``path`` to run on ``threads`` threads.
 

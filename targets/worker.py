@@ -100,7 +100,8 @@ def _memory(request: Request) -> dict[str, Any]:
     images = _images(request)
     for _ in range(_MEMORY_RUNS):
         runner(images)
-    return {"peak_rss_bytes": peak_rss_bytes(), "load_ms": load_ms}
+    peak = peak_rss_bytes()  # before anything else is loaded
+    return {"peak_rss_bytes": peak, "load_ms": load_ms, "kernels": target.kernels(Path(path))}
 
 
 def _time(request: Request, emit: Emit) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphs import SIZE, aten, captured, images, nodes_of, shake, tiny_cnn, tiny_shvit
 from torch import Tensor, fx, nn
 
 from deploykit.graph.signal import sqnr_db
@@ -15,6 +14,7 @@ from deploykit.quant.folds.norm import find_norm_groups, fold_norm
 from deploykit.quant.observers import Watch, collect_histograms
 from deploykit.quant.quantizers.uniform import UniformQuantizer
 from deploykit.quant.ranges import UniformRange, activation_range
+from tests.graphs import SIZE, aten, captured, images, nodes_of, shake, tiny_cnn, tiny_shvit
 
 
 class Lambda(nn.Module):

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import (
+from torch import Tensor, nn
+
+from deploykit.errors import DeploykitError
+from deploykit.graph.capture import capture
+from deploykit.graph.edit import add_tensor, clean, constant
+from deploykit.graph.signal import sqnr_db
+from tests.graphs import (
     SIZE,
     aten,
     captured,
@@ -19,12 +25,6 @@ from graphs import (
     tiny_shvit,
     tiny_vit,
 )
-from torch import Tensor, nn
-
-from deploykit.errors import DeploykitError
-from deploykit.graph.capture import capture
-from deploykit.graph.edit import add_tensor, clean, constant
-from deploykit.graph.signal import sqnr_db
 
 
 class Attention(nn.Module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import captured, images, nodes_of, tiny_cnn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +17,7 @@ from deploykit.quant.observers import (
 )
 from deploykit.quant.ranges import MIN_SCALE, activation_range, weight_scale
 from deploykit.quant.weights import quantize_bias, quantize_weight
+from tests.graphs import captured, images, nodes_of, tiny_cnn
 
 aten = torch.ops.aten
 quick = settings(max_examples=30, deadline=None)

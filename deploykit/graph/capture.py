@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,7 +74,8 @@ def capture(backbone: Backbone) -> CapturedModel:
     """
     size = backbone.preprocessing.size
     module = copy.deepcopy(backbone.module)  # some models cache tensors in their first forward
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's notes to its own developers
         program, dynamic = export_program(module, torch.zeros(2, 3, size, size))
         graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)

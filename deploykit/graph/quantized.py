@@ -76,9 +76,9 @@ class QuantizedModel:
         return result
 
     def how_it_runs(self) -> dict[str, list[str]]:
-        """Which parts run on integers, are narrower on disk than when computed, or are simulated.
+        """Which parts are integers in the file, narrower on disk than computed, or simulated.
 
-        Counted by weights and by operations, for runtimes that fuse Q/DQ into 8-bit kernels.
+        What a runtime makes of them is in each measurement's ``kernels``.
         """
         layers = [plan for plan in self.plans if plan.weight_bits is not None]
         integer = [p for p in layers if FLOAT not in (p.weight_bits, p.input_bits)]
@@ -92,9 +92,11 @@ class QuantizedModel:
         )
         found: dict[str, list[str]] = {"integer": [], "wider": [], "simulated": []}
         if integer:
-            found["integer"].append(f"{len(integer)} of {len(layers)} layers in 8-bit kernels")
+            found["integer"].append(
+                f"{len(integer)} of {len(layers)} layers have integer weights and inputs"
+            )
         if len(matmuls) > logs:
-            found["integer"].append(f"{len(matmuls) - logs} attention matmuls in 8-bit kernels")
+            found["integer"].append(f"{len(matmuls) - logs} attention matmuls have integer inputs")
         if narrow:
             text = f"codes below 8 bits of {len(narrow)} layers are carried in 8-bit kernels"
             found["wider"].append(text)

@@ -1,0 +1,52 @@
+"""Networks small enough to take through the whole pipeline in a test."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+SIZE = 32
+CLASSES = 4
+
+
+class Attention(nn.Module):
+    """A GroupNorm before a 1x1 convolution and single-head attention, as in SHViT."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
+        weights = (q.transpose(1, 2) @ k * k.shape[1] ** -0.5).softmax(-1)
+        return x + (v @ weights.transpose(1, 2)).reshape(x.shape)
+
+
+def tiny_hybrid(num_classes: int = CLASSES) -> nn.Module:
+    """Convolutions with BatchNorm, a depthwise one, attention, and a linear head."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        net = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, 2, 1, groups=16, bias=False),
+            nn.BatchNorm2d(16),
+            Attention(16),
+            nn.Conv2d(16, 512, 1),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(512, num_classes),
+        )
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    net.deploykit_preprocessing = {
+        "size": SIZE,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+    }
+    return net.eval()
