@@ -193,10 +193,11 @@ def _write_weight(
 ) -> None:
     graph = graph_module.graph
     stem = plan.layer
-    linear = plan.op == "linear"
     # A linear layer becomes x @ W^T + b with W^T stored as such: runtimes fuse a dequantised
-    # operand into the product only if nothing, such as a transpose, lies between.
-    codes, axis = (weight.codes.t(), 1) if linear else (weight.codes, 0)
+    # operand into the product only if nothing, such as a transpose, lies between. On (N, features)
+    # it stays one operator, which becomes a Gemm with an integer bias.
+    as_matmul = plan.op == "linear" and _rank(node) != 2
+    codes, axis = (weight.codes.t(), 1) if as_matmul else (weight.codes, 0)
     codes_node = add_tensor(graph_module, f"{stem}.weight_codes", codes, node)
     scale_node = add_tensor(graph_module, f"{stem}.weight_scale", weight.scale, node)
     dequantize = torch.ops.deploykit.dequantize.default
@@ -204,9 +205,9 @@ def _write_weight(
         weight_node = graph.call_function(dequantize, (codes_node, scale_node, axis, weight.bits))
     done.weights += 1
     bias_node = node.args[2] if len(node.args) > 2 else None
-    if not linear or _rank(node) == 2:  # (N, features): runtimes make an integer Gemm of it
+    if not as_matmul:
         bias_node = _write_bias(graph_module, node, plan, weight, input_scale, done)
-    if linear:
+    if as_matmul:
         with graph.inserting_before(node):
             result = graph.call_function(aten.matmul.default, (node.args[0], weight_node))
             if bias_node is not None:

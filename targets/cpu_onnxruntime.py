@@ -82,6 +82,8 @@ class CpuOnnxRuntime:
         # next. Stopped at the end of each run they cost nothing within it (measured: as fast as
         # the default); without any spinning, many small operators ran 20 % slower on two threads.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # By default the runtime quantises the activations of weight-only layers by itself.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]

@@ -52,9 +52,9 @@ class CpuOpenvino:
         counts: Counter[str] = Counter()
         for node in compiled.get_runtime_model().get_ordered_ops():
             facts = node.get_rt_info()
-            kind = str(facts["layerType"]) if "layerType" in facts else ""
+            kind = facts["layerType"].astype(str)
             if kind in _LAYERS:
-                integer = str(facts["runtimePrecision"]) in ("i8", "u8")
+                integer = facts["runtimePrecision"].astype(str) in ("i8", "u8")
                 counts[f"{'int8' if integer else 'float'} {kind}"] += 1
         return dict(counts)
 
