@@ -253,6 +253,8 @@ def _main(argv: list[str] | None) -> int:
         result: Any = command.main(
             args=arguments or ["--help"], prog_name="deploykit", standalone_mode=False
         )
+        if result == ExitCode.INTERRUPTED:  # typer takes Ctrl-C and says nothing
+            raise KeyboardInterrupt
         return int(result or 0)
     except DeploykitError as error:
         return _fail(str(error), error.exit_code)

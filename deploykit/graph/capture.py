@@ -34,7 +34,9 @@ class CapturedModel:
 
     def copy(self) -> CapturedModel:
         """The same model over its own graph and tensors."""
-        return replace(self, graph_module=copy.deepcopy(self.graph_module))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own pytree warns about itself when copied
+            return replace(self, graph_module=copy.deepcopy(self.graph_module))
 
     @property
     def example(self) -> Tensor:
