@@ -1,0 +1,145 @@
+"""Accuracy, size and latency of the file that ships, at several widths.
+
+    python benchmarks/accuracy.py demo
+    python benchmarks/accuracy.py vit --data FOLDER              # real images and weights
+    python benchmarks/accuracy.py efficientnet --data FOLDER
+    python benchmarks/accuracy.py shvit_s4                       # untrained: sizes, not accuracy
+
+Writes ``benchmarks/results/SUITE.json`` and ``.md``, with the environment. FOLDER holds
+``imagenette/{train,val}``, ``imagenet-val``, ``imagenet-sample`` and
+``weights/dinov2_s_imagenette_168.safetensors``; none of it is part of deploykit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import deploykit
+from deploykit.report.model import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+WIDTHS = {
+    "demo": ("w8a8", "w6a6", "w4a8", "w4a4", "w4a16"),
+    "vit": ("w8a8", "w6a6", "w4a8", "w4a4"),
+    "efficientnet": ("w8a8", "w4a8"),
+    "shvit_s4": ("w8a8", "w4a4"),
+}
+
+
+def options(suite: str, data: Path | None) -> dict[str, Any]:
+    """Arguments of ``deploykit.compress`` for a suite."""
+    if suite == "demo":
+        return {"recipe": ROOT / "examples" / "fashion_mnist" / "demo.yaml"}
+    if suite == "shvit_s4":
+        return {"model": "sht_vit_s4", "weights": "random"}
+    if data is None:
+        sys.exit(f"benchmarks/accuracy.py: {suite} needs --data FOLDER (see --help)")
+    if suite == "vit":
+        return {
+            "model": "vit_small_patch14_dinov2",
+            "img_size": 168,
+            "weights": data / "weights" / "dinov2_s_imagenette_168.safetensors",
+            "calib": data / "imagenette" / "train",
+            "data": data / "imagenette" / "val",
+            "calib_images": 128,
+        }
+    return {
+        "model": "benchmarks.models:efficientnet_lite0",
+        "calib": data / "imagenet-sample",
+        "data": data / "imagenet-val",
+        "calib_images": 128,
+    }
+
+
+def row(report: Report) -> dict[str, Any]:
+    """The figures of one run."""
+    accuracy = report.find_accuracy("compressed")
+    target = report.measurements[0].target
+    measured = report.find_measurement("compressed", target)
+    original = report.find_measurement("original", target)
+    assert measured is not None and original is not None
+    return {
+        "bits": report.bits,
+        "weights": report.weights.kind,
+        "images": accuracy.images if accuracy else None,
+        "top1_original": accuracy.top1_original if accuracy else None,
+        "top1": accuracy.top1 if accuracy else None,
+        "drop": accuracy.drop if accuracy else None,
+        "drop_low": accuracy.drop_low if accuracy else None,
+        "drop_high": accuracy.drop_high if accuracy else None,
+        "bytes_original": report.original.bytes,
+        "bytes": report.compressed.bytes,
+        "ratio": measured.ratio,
+        "ratio_low": measured.ratio_low,
+        "ratio_high": measured.ratio_high,
+        "noisy": measured.noisy,
+        "peak_rss_bytes": measured.peak_rss_bytes,
+        "peak_rss_bytes_original": original.peak_rss_bytes,
+        "parity_sqnr_db": min(p.sqnr_db for p in report.parity if p.artifact == "compressed"),
+        "seconds": report.seconds,
+        "kernels": measured.kernels,
+    }
+
+
+def markdown(suite: str, rows: list[dict[str, Any]], environment: dict[str, Any]) -> str:
+    """The results as a table, with the command that made them."""
+    lines = [
+        f"Made by `python benchmarks/accuracy.py {suite}`; "
+        f"{environment['cpu']}, {environment['cores_allowed']} cores, "
+        f"onnxruntime {environment['packages']['onnxruntime']}, one thread, batch 1.",
+        "",
+        "| bits | top-1 | lost, points (95 %) | size | time / fp32 (95 %) |",
+        "|:--|--:|--:|--:|--:|",
+    ]
+    for r in rows:
+        top1, lost = "untrained", "–"
+        if r["top1"] is not None:
+            top1 = f"{r['top1']:.2f} %"
+            lost = f"{r['drop']:.2f} ({r['drop_low']:.2f} … {r['drop_high']:.2f})"
+        time = f"{r['ratio']:.2f} ({r['ratio_low']:.2f} … {r['ratio_high']:.2f})"
+        time += " noisy" if r["noisy"] else ""
+        lines.append(f"| {r['bits']} | {top1} | {lost} | {r['bytes'] / 1e6:.2f} MB | {time} |")
+    first = rows[0]
+    if first["top1_original"] is not None:
+        lines.append("")
+        lines.append(
+            f"fp32: {first['top1_original']:.2f} % of {first['images']} images, "
+            f"{first['bytes_original'] / 1e6:.1f} MB. Accuracy is that of the ONNX file, run by "
+            "ONNX Runtime, paired image by image with the fp32 file's."
+        )
+    else:
+        lines += ["", f"fp32: {first['bytes_original'] / 1e6:.1f} MB."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=sorted(WIDTHS))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--bits", nargs="*")
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    rows, environment = [], {}
+    for bits in args.bits or WIDTHS[args.suite]:
+        with tempfile.TemporaryDirectory() as folder:
+            chosen = options(args.suite, args.data)
+            report = deploykit.compress(**chosen, bits=bits, out=Path(folder) / "out", quiet=False)
+        rows.append(row(report))
+        environment = report.environment
+        print(json.dumps(rows[-1]), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / args.suite
+    data = {"environment": environment, "rows": rows}
+    stem.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(markdown(args.suite, rows, environment), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
