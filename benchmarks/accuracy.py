@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import deploykit
+from deploykit.recipe_io import apply_overrides, load_recipe
 from deploykit.report.model import Report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,13 @@ def options(suite: str, data: Path | None) -> dict[str, Any]:
         "data": data / "imagenet-val",
         "calib_images": 128,
     }
+
+
+def overridden(recipe: Path | None, overrides: list[str]) -> Any:
+    """The recipe's data with ``--set`` laid over it."""
+    if recipe is None:
+        return apply_overrides({}, overrides)
+    return load_recipe(recipe, overrides)
 
 
 def row(report: Report) -> dict[str, Any]:
@@ -124,12 +132,14 @@ def main() -> None:
     parser.add_argument("suite", choices=sorted(WIDTHS))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--bits", nargs="*")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     rows, environment = [], {}
     for bits in args.bits or WIDTHS[args.suite]:
         with tempfile.TemporaryDirectory() as folder:
             chosen = options(args.suite, args.data)
+            chosen["recipe"] = overridden(chosen.pop("recipe", None), args.set)
             report = deploykit.compress(**chosen, bits=bits, out=Path(folder) / "out", quiet=False)
         rows.append(row(report))
         environment = report.environment

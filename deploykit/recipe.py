@@ -127,7 +127,7 @@ class QuantizeSection(Section):
     """Widths, ranges, folds."""
 
     bits: Annotated[str, BeforeValidator(parse_bits)] = "w8a8"
-    activation_range: Literal["minmax", "percentile-mse"] = "percentile-mse"
+    activation_range: Literal["minmax", "percentile", "percentile-mse"] = "percentile"
     weight_range: Literal["minmax", "mse"] = "mse"
     fold_norms: bool = Field(default=True, description="RepQ fold of LayerNorm and GroupNorm")
     softmax: Literal["auto", "uniform", "log-sqrt2"] = Field(

@@ -27,7 +27,7 @@ from deploykit.quant.plan import is_softmax_output, plan_layers
 from deploykit.quant.quantizers import get_quantizer
 from deploykit.quant.quantizers.registry import FittedQuantizer
 from deploykit.quant.quantizers.uniform import UniformQuantizer
-from deploykit.quant.ranges import activation_range
+from deploykit.quant.ranges import RangeMethod, activation_range
 from deploykit.quant.weights import QuantizedWeight, quantize_weight
 from deploykit.types import PassRecord
 
@@ -42,7 +42,7 @@ class QuantizeOptions:
 
     weight_bits: int
     input_bits: int
-    activation_range: str = "percentile-mse"
+    activation_range: RangeMethod = "percentile"
     weight_range: Literal["minmax", "mse"] = "mse"
     fold_norms: bool = True
     softmax: Literal["auto", "uniform", "log-sqrt2"] = "auto"
@@ -127,7 +127,7 @@ def quantize(
         channels = activation_range(
             histograms[Watch(group.norm.name, group.channel_axis)],
             bits,
-            _method(options),
+            options.activation_range,
             include_zero=False,
         )
         scale, zero_point = fold_norm(graph_module, group, channels, bits)
@@ -178,10 +178,6 @@ def quantize(
         records=tuple(records),
         layer_sqnr_db=sqnr,
     )
-
-
-def _method(options: QuantizeOptions) -> Literal["minmax", "percentile-mse"]:
-    return "minmax" if options.activation_range == "minmax" else "percentile-mse"
 
 
 def _wanted(

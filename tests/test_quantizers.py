@@ -17,7 +17,7 @@ from deploykit.quant.quantizers import get_quantizer, list_quantizers, register_
 from deploykit.quant.quantizers.registry import FittedQuantizer
 from deploykit.quant.quantizers.uniform import UniformQuantizer
 
-METHODS = ("minmax", "percentile-mse")
+METHODS = ("minmax", "percentile", "percentile-mse")
 BITS = st.integers(2, 8)
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
 SCALES = st.floats(2.0**-27, 2.0**27, width=32)
@@ -49,7 +49,7 @@ def sample(name: str, seed: int, size: int = 4000) -> Tensor:
     return torch.randn(size, generator=generator).exp() - 0.7
 
 
-def fit(name: str, values: Tensor, bits: int, method: str = "percentile-mse") -> FittedQuantizer:
+def fit(name: str, values: Tensor, bits: int, method: str = "percentile") -> FittedQuantizer:
     return get_quantizer(name).fit(histogram_of(values), bits, method)
 
 

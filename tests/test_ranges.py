@@ -51,7 +51,7 @@ def channels(seed: int, count: int = 20) -> Tensor:
 def test_percentile_mse_is_never_worse_than_minmax(seed: int, bits: int, zero: bool) -> None:
     seen = histogram(channels(seed))
     widest = activation_range(seen, bits, "minmax", include_zero=zero)
-    best = activation_range(seen, bits, include_zero=zero)
+    best = activation_range(seen, bits, "percentile-mse", include_zero=zero)
     for found in (widest, best):
         assert torch.equal(found.zero_point, found.zero_point.round())
         assert (found.scale >= MIN_SCALE).all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from deploykit.graph.ops import fake_quantize
 from deploykit.quant.observers import Histogram
 from deploykit.quant.quantizers.registry import register_quantizer
-from deploykit.quant.ranges import activation_range
+from deploykit.quant.ranges import RangeMethod, activation_range
 
 __all__ = ["UniformQuantizer"]
 
@@ -43,6 +43,6 @@ class Uniform:
     on_integers = True
 
     def fit(self, histogram: Histogram, bits: int, range_method: str) -> UniformQuantizer:
-        method = cast(Literal["minmax", "percentile-mse"], range_method)
+        method = cast(RangeMethod, range_method)
         found = activation_range(histogram, bits, method)
         return UniformQuantizer(float(found.scale[0]), int(found.zero_point[0]), bits)
