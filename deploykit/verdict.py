@@ -26,7 +26,7 @@ def judge(report: Report, gates: GatesSection) -> Report:
         code = next((c for c in order if c in codes), ExitCode.USAGE)
     elif not report.weights.trained:
         verdict = "not for deployment"
-        reasons.append(f"the weights are untrained ({report.weights.source})")
+        reasons.append("the weights are untrained: nothing is known of its accuracy")
         code = ExitCode.UNTRAINED if report.weights.kind == "untrained" else ExitCode.OK
     elif not report.accuracy:
         verdict = "accuracy not measured"
