@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from deploykit.backbones.build import build_backbone
+from deploykit.backbones.inspection import count_macs
 from deploykit.data import ImageSet, open_dataset
 from deploykit.environment import environment, version
 from deploykit.errors import TargetMissingError, UsageError
@@ -238,6 +240,7 @@ class _Job:
             seconds=round(time.monotonic() - clock, 1),
             model=self.backbone.name,
             parameters=sum(p.numel() for p in module.parameters()),
+            macs=count_macs(copy.deepcopy(module), self.backbone.preprocessing.size),
             preprocessing=self.backbone.preprocessing,
             weights=self.backbone.weights,
             bits=quantized.bits,

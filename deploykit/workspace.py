@@ -18,6 +18,15 @@ from deploykit.fsio import atomic_write_bytes, atomic_write_text, ensure_directo
 
 __all__ = ["Workspace", "open_workspace"]
 
+_FILES = (
+    "report.json",
+    "report.html",
+    "report.md",
+    "environment.json",
+    "recipe.yaml",
+    "model.onnx",
+    "original.onnx",
+)
 _OURS = (".work", "report.json", "recipe.yaml")
 _STAMP = "run.json"
 
@@ -99,7 +108,10 @@ def open_workspace(
         if not any((out / name).exists() for name in _OURS):
             message = f"output {out}: has files no run of deploykit made; choose another -o"
             raise UsageError(message)
+        # An old report beside a new model would describe another file.
         shutil.rmtree(out / ".work", ignore_errors=True)
+        for name in _FILES:
+            (out / name).unlink(missing_ok=True)
     elif occupied:
         message = f"output {out} isn't empty: use --overwrite, --resume or another -o"
         raise UsageError(message)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -84,3 +85,15 @@ def test_the_workflow_is_valid_yaml_and_names_real_commands() -> None:
     commands = " ".join(step.get("run", "") for step in steps)
     assert (ROOT / "scripts" / "bootstrap.py").exists()
     assert "deploykit compress" in commands and "deploykit check" in commands
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    source = (ROOT / "benchmarks" / "readme.py").read_text(encoding="utf-8")
+    names: dict[str, Any] = {
+        "__file__": str(ROOT / "benchmarks" / "readme.py"),
+        "__name__": "readme",
+    }
+    exec(compile(source, "readme.py", "exec"), names)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert names["with_results"](readme) == readme
+    assert "| w8a8 |" in readme

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deploykit.types import Backbone, Preprocessing, WeightsOrigin
 
-__all__ = ["Inspection", "inspect_backbone"]
+__all__ = ["Inspection", "count_macs", "inspect_backbone"]
 
 _SIZE_STEP = 32  # the coarsest stride in common use: a conv net that is free takes this step
 
@@ -52,13 +52,13 @@ def inspect_backbone(backbone: Backbone, notes: list[str] | None = None) -> Insp
         num_classes=backbone.num_classes,
         preprocessing=backbone.preprocessing,
         params=sum(p.numel() for p in module.parameters()),
-        macs=_macs(module, size),
+        macs=count_macs(module, size),
         input_policy="free" if _is_free(module, size) else "fixed",
         notes=list(notes or []),
     )
 
 
-def _macs(module: nn.Module, size: int) -> int:
+def count_macs(module: nn.Module, size: int) -> int:
     """Half of torch's FLOP count, for one (3, size, size) image."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(torch.zeros(1, 3, size, size))
