@@ -6,8 +6,6 @@ import math
 from typing import Any
 
 import pytest
-from factories import TARGET, make_accuracy, make_artifact, make_measurement, make_parity
-from factories import make_report as report
 
 from deploykit.errors import (
     AccuracyGateError,
@@ -20,6 +18,8 @@ from deploykit.errors import (
 )
 from deploykit.report.gates import evaluate_gates, raise_for_gates
 from deploykit.types import WeightsOrigin
+from tests.factories import TARGET, make_accuracy, make_artifact, make_measurement, make_parity
+from tests.factories import make_report as report
 
 UNTRAINED: dict[str, Any] = {"weights": WeightsOrigin(kind="untrained", source="none")}
 BAD_PARITY: dict[str, Any] = {"parity": [make_parity(), make_parity(batch=8, passed=False)]}

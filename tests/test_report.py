@@ -12,13 +12,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from factories import (
-    make_accuracy,
-    make_artifact,
-    make_measurement,
-    make_parity,
-    make_report,
-)
 from rich.console import Console
 
 from deploykit.errors import UsageError
@@ -29,6 +22,13 @@ from deploykit.report.model import LayerError, Report, json_schema, load_report
 from deploykit.report.terminal import render_terminal
 from deploykit.report.write import write_report
 from deploykit.types import REPORT_SCHEMA_VERSION, PassRecord, WeightsOrigin
+from tests.factories import (
+    make_accuracy,
+    make_artifact,
+    make_measurement,
+    make_parity,
+    make_report,
+)
 
 EVIL = "<script>alert(1)</script>\"'|`*$x^2$\x1b[31m\u202e\n# head https://evil.example/ @all"
 UNTRAINED: dict[str, Any] = {
