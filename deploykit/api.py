@@ -9,7 +9,7 @@ from typing import Any
 from deploykit.pipeline import default_output, run
 from deploykit.progress import Reporter
 from deploykit.recipe import Recipe
-from deploykit.recipe_io import build_recipe, load_recipe
+from deploykit.recipe_io import build_recipe, load_recipe, merged
 from deploykit.report.gates import raise_for_gates
 from deploykit.report.model import Report, load_report
 
@@ -98,9 +98,9 @@ def compress(
         resolved = load_recipe(recipe, options=given)
     elif isinstance(recipe, Recipe):
         data = recipe.model_dump(mode="json", exclude_unset=True)
-        resolved = build_recipe(_merge(data, given), "compress()") if given else recipe
+        resolved = build_recipe(merged(data, given), "compress()") if given else recipe
     else:
-        resolved = build_recipe(_merge(dict(recipe or {}), given), "compress()")
+        resolved = build_recipe(merged(dict(recipe or {}), given), "compress()")
     report = run(
         resolved,
         Path(out) if out is not None else default_output(resolved),
@@ -111,12 +111,3 @@ def compress(
     )
     raise_for_gates(report.gates)
     return report
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged

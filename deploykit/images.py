@@ -33,16 +33,11 @@ def _synthetic(backbone: Backbone, count: int, seed: int) -> Images:
     return Images(f"synthetic, {count} images", count, lambda size: iter(images.split(size)))
 
 
-def _from_set(images: ImageSet, count: int) -> Images:
+def _from_set(images: ImageSet) -> Images:
     def batches(size: int) -> Iterator[Tensor]:
-        left = count
-        for batch, _ in images.tensor_batches(size):
-            yield batch[:left]
-            left -= len(batch)
-            if left <= 0:
-                return
+        return (batch for batch, _ in images.tensor_batches(size))
 
-    return Images(images.description, count, batches)
+    return Images(images.description, len(images), batches)
 
 
 def calibration_images(path: Path | None, backbone: Backbone, count: int, seed: int) -> Images:
@@ -54,7 +49,7 @@ def calibration_images(path: Path | None, backbone: Backbone, count: int, seed: 
     if path is None:
         return _synthetic(backbone, count, seed)
     found = open_dataset(path, backbone.preprocessing, labelled=False, limit=count, seed=seed)
-    return _from_set(found, len(found))
+    return _from_set(found)
 
 
 def verification_images(evaluation: ImageSet | None, calibration: Images, count: int) -> Images:
@@ -66,7 +61,7 @@ def verification_images(evaluation: ImageSet | None, calibration: Images, count:
         return Images(text, wanted, lambda size: iter(first.split(size)))
     step = max(len(evaluation) // count, 1)
     chosen = evaluation.subset(range(0, len(evaluation), step)[:count])
-    return _from_set(chosen, len(chosen))
+    return _from_set(chosen)
 
 
 def _take(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from deploykit._recipe_yaml import Loc, dump_yaml, parse_document, parse_value, 
 from deploykit.errors import UsageError
 from deploykit.recipe import Recipe
 
-__all__ = ["apply_overrides", "build_recipe", "dump_recipe", "load_recipe"]
+__all__ = ["apply_overrides", "build_recipe", "dump_recipe", "load_recipe", "merged"]
 
 _COMMAND_LINE = "command line"
 _WEIGHT_WORDS = ("auto", "hub", "random")
@@ -58,7 +58,7 @@ def load_recipe(
     given = _with_paths(dict(options or {}), Path.cwd(), lambda _: _COMMAND_LINE)
     given = apply_overrides(given, overrides)
     from_command_line = set(_leaves(given))
-    data = _merged(data, given)
+    data = merged(data, given)
 
     def where(loc: Loc) -> str:
         prefixes = {loc[:n] for n in range(1, len(loc) + 1)}
@@ -201,11 +201,12 @@ def _with_paths(
     return result
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested data with other nested data laid over it, key by key."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        result[key] = _merged(old or {}, value) if _both_maps(old, value) else value
+        result[key] = merged(old or {}, value) if _both_maps(old, value) else value
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deploykit.errors import ExitCode
 from deploykit.recipe import GatesSection
-from deploykit.report.gates import evaluate_gates
+from deploykit.report.gates import evaluate_gates, failed_gates
 from deploykit.report.model import Report
 
 __all__ = ["judge"]
@@ -16,14 +16,12 @@ def judge(report: Report, gates: GatesSection) -> Report:
     A missed gate or parity outweighs untrained weights, and these outweigh unmeasured accuracy.
     """
     results = evaluate_gates(report, max_drop=gates.max_drop, max_latency_ms=gates.max_latency_ms)
-    failed = [gate for gate in results if not gate.passed]
+    failed = failed_gates(results)
     reasons = [f"{gate.name}: {gate.reason}" for gate in failed]
     code = ExitCode.OK
     if failed:
         verdict = "failed"
-        order = [ExitCode.PARITY, ExitCode.ACCURACY, ExitCode.LATENCY, ExitCode.MEASUREMENT]
-        codes = {gate.exit_code for gate in failed}
-        code = next((c for c in order if c in codes), ExitCode.USAGE)
+        code = ExitCode(failed[0].exit_code)
     elif not report.weights.trained:
         verdict = "not for deployment"
         reasons.append("the weights are untrained: nothing is known of its accuracy")

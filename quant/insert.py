@@ -141,7 +141,7 @@ def insert_quantizers(
 
     for name, plan in plans.items():
         node = nodes[name]
-        inputs = 2 if plan.op == "matmul" else 1
+        inputs = plan.inputs
         if plan.input_bits != FLOAT:
             new_inputs = [quantize_input(arg, plan.input_bits) for arg in node.args[:inputs]]
             node.args = (*new_inputs, *node.args[inputs:])

@@ -35,7 +35,7 @@ class _LayerErrors(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             quantized = list(args)
             if plan.input_bits != FLOAT:
-                for position in range(2 if plan.op == "matmul" else 1):
+                for position in range(plan.inputs):
                     source = n.args[position]
                     assert isinstance(source, fx.Node)
                     quantizer = self.activations[source.name, plan.input_bits]

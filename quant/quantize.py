@@ -98,7 +98,8 @@ def quantize(
         )
     }
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    groups = _foldable_groups(graph_module, plans) if options.fold_norms else []
+    norms = find_norm_groups(graph_module) if options.fold_norms else []
+    groups = _foldable_groups(norms, plans)
     output_convs = [
         name
         for name, plan in plans.items()
@@ -134,7 +135,7 @@ def quantize(
         activations[group.norm.name, bits] = UniformQuantizer(scale, zero_point, bits)
         spreads[group.norm.name] = float(channels.scale.max() / channels.scale.median())
     if options.fold_norms:
-        records.append(_norm_record(graph_module, groups, spreads))
+        records.append(_norm_record(norms, groups, spreads))
 
     for (source, bits), softmax in wanted.items():
         if (source, bits) not in activations:
@@ -188,18 +189,15 @@ def _wanted(
     for name, plan in plans.items():
         if plan.input_bits == FLOAT:
             continue
-        inputs = nodes[name].args[: 2 if plan.op == "matmul" else 1]
-        for source in inputs:
+        for source in nodes[name].args[: plan.inputs]:
             assert isinstance(source, fx.Node)
             wanted[source.name, plan.input_bits] = plan.op == "matmul" and is_softmax_output(source)
     return wanted
 
 
-def _foldable_groups(
-    graph_module: fx.GraphModule, plans: Mapping[str, LayerPlan]
-) -> list[NormGroup]:
+def _foldable_groups(norms: list[NormGroup], plans: Mapping[str, LayerPlan]) -> list[NormGroup]:
     groups = []
-    for group in find_norm_groups(graph_module):
+    for group in norms:
         widths = {plans[c.name].input_bits for c in group.consumers if c.name in plans}
         all_planned = all(c.name in plans for c in group.consumers)
         if group.declined is None and all_planned and len(widths) == 1 and FLOAT not in widths:
@@ -208,13 +206,12 @@ def _foldable_groups(
 
 
 def _norm_record(
-    graph_module: fx.GraphModule, groups: list[NormGroup], spreads: dict[str, float]
+    norms: list[NormGroup], groups: list[NormGroup], spreads: dict[str, float]
 ) -> PassRecord:
-    found = find_norm_groups(graph_module)
-    declined = {g.norm.name: g.declined for g in found if g.declined is not None}
+    declined = {g.norm.name: g.declined for g in norms if g.declined is not None}
     return PassRecord(
         name="fold_norms",
-        summary=f"{len(groups)} of {len(found)} norms folded (RepQ)",
+        summary=f"{len(groups)} of {len(norms)} norms folded (RepQ)",
         details={"declined": declined, "largest_to_median_channel_scale": spreads},
     )
 

@@ -15,7 +15,6 @@ __all__ = [
     "is_op",
     "layer_name",
     "remove_dropout",
-    "users_of",
 ]
 
 aten = torch.ops.aten
@@ -70,10 +69,6 @@ def layer_name(node: fx.Node) -> str:
         if path:
             return str(path)
     return node.name
-
-
-def users_of(node: fx.Node) -> list[fx.Node]:
-    return list(node.users)
 
 
 def remove_dropout(graph_module: fx.GraphModule) -> None:

@@ -38,6 +38,11 @@ class LayerPlan:
     note: str = ""
 
     @property
+    def inputs(self) -> int:
+        """How many of its arguments, from the first, are activations."""
+        return 2 if self.op == "matmul" else 1
+
+    @property
     def is_float(self) -> bool:
         return self.weight_bits in (None, FLOAT) and self.input_bits == FLOAT
 

@@ -26,7 +26,7 @@ from deploykit.types import Accuracy, Artifact, GateResult, Measurement
 if TYPE_CHECKING:
     from deploykit.report.model import Report
 
-__all__ = ["BASELINE_MAX_DROP", "evaluate_gates", "raise_for_gates"]
+__all__ = ["BASELINE_MAX_DROP", "evaluate_gates", "failed_gates", "raise_for_gates"]
 
 BASELINE_MAX_DROP = 0.5
 """Points that top-1 may lie below the baseline's when no ``max_drop`` is given."""
@@ -100,12 +100,17 @@ def raise_for_gates(gates: Iterable[GateResult]) -> None:
         ParityError, AccuracyGateError, LatencyGateError, MeasurementError, UsageError: in this
             order of precedence.
     """
-    failed = [gate for gate in gates if not gate.passed]
-    order = list(_ERRORS)
-    failed.sort(key=lambda gate: order.index(ExitCode(gate.exit_code)))
+    failed = failed_gates(gates)
     if failed:
         error = _ERRORS[ExitCode(failed[0].exit_code)]
         raise error("; ".join(f"{gate.name}: {gate.reason}" for gate in failed))
+
+
+def failed_gates(gates: Iterable[GateResult]) -> list[GateResult]:
+    """Those that don't hold, the most serious first: its exit code is the run's."""
+    order = list(_ERRORS)
+    failed = [gate for gate in gates if not gate.passed]
+    return sorted(failed, key=lambda gate: order.index(ExitCode(gate.exit_code)))
 
 
 def _check_limits(**limits: float | None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from deploykit.graph.edit import add_tensor, clean, constant, is_op, layer_name, users_of
+from deploykit.graph.edit import add_tensor, clean, constant, is_op, layer_name
 
 __all__ = ["FoldReport", "fold_batch_norm"]
 
@@ -142,7 +142,7 @@ def _fold_backward(
 def _fold_forward(
     graph_module: fx.GraphModule, norm: fx.Node, scale: Tensor, shift: Tensor
 ) -> bool:
-    users = users_of(norm)
+    users = list(norm.users)
     if len(users) != 1 or users[0].args[0] is not norm:
         return False
     layer = users[0]

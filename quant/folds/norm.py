@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from deploykit.graph.edit import add_tensor, constant, is_op, layer_name, users_of
+from deploykit.graph.edit import add_tensor, constant, is_op, layer_name
 from deploykit.quant.ranges import UniformRange
 
 __all__ = ["NormGroup", "find_norm_groups", "fold_norm"]
@@ -47,7 +47,7 @@ def find_norm_groups(graph_module: fx.GraphModule) -> list[NormGroup]:
             axis, weight_at = 1, 2
         else:
             continue
-        consumers = tuple(users_of(node))
+        consumers = tuple(node.users)
         groups.append(NormGroup(node, consumers, axis, _reason(graph_module, node, weight_at)))
     return groups
 

@@ -39,7 +39,6 @@ class LogSqrt2:
     """Chooses the scale among upper percentiles by least squared error; often it is about 1."""
 
     name: str
-    on_integers = False  # its values aren't multiples of one step: no integer kernel adds them
 
     def fit(self, histogram: Histogram, bits: int, range_method: str) -> LogSqrt2Quantizer:
         if float(histogram.low[0]) < 0:

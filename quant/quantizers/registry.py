@@ -42,7 +42,6 @@ class ActivationQuantizer(Protocol):
     """Fits one kind of grid to a whole tensor's histogram."""
 
     name: str
-    on_integers: bool
 
     def fit(self, histogram: Histogram, bits: int, range_method: str) -> FittedQuantizer: ...
 

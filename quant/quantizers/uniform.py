@@ -40,7 +40,6 @@ class Uniform:
     """Fits a uniform grid to a tensor, by min-max or by percentile search."""
 
     name: str
-    on_integers = True
 
     def fit(self, histogram: Histogram, bits: int, range_method: str) -> UniformQuantizer:
         method = cast(RangeMethod, range_method)
