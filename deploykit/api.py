@@ -20,6 +20,10 @@ def options_to_recipe(
     *,
     model: str | None = None,
     bits: str | int | None = None,
+    algorithm: str | None = None,
+    compare: list[str] | None = None,
+    preset: str | None = None,
+    time_budget: float | None = None,
     weights: str | Path | None = None,
     num_classes: int | None = None,
     img_size: int | None = None,
@@ -41,6 +45,10 @@ def options_to_recipe(
         ("model", "num_classes"): num_classes,
         ("model", "img_size"): img_size,
         ("quantize", "bits"): bits,
+        ("quantize", "algorithm"): algorithm,
+        ("quantize", "compare"): compare,
+        ("quantize", "preset"): preset,
+        ("quantize", "time_budget_s"): time_budget,
         ("calibration", "data"): None if calib is None else str(calib),
         ("calibration", "images"): calib_images,
         ("evaluation", "data"): None if data is None else str(data),
@@ -79,9 +87,10 @@ def compress(
         resume: go on with an interrupted run of the same recipe in ``out``.
         overwrite: replace an earlier run's files in ``out``.
         quiet: no progress on standard error.
-        **options: ``model``, ``bits``, ``weights``, ``num_classes``, ``img_size``, ``calib``,
-            ``calib_images``, ``data``, ``targets``, ``sparsity``, ``threads``, ``batch_size``,
-            ``max_drop``, ``max_latency_ms``, ``seed``; as on the command line.
+        **options: ``model``, ``bits``, ``algorithm``, ``compare``, ``preset``, ``time_budget``,
+            ``weights``, ``num_classes``, ``img_size``, ``calib``, ``calib_images``, ``data``,
+            ``targets``, ``sparsity``, ``threads``, ``batch_size``, ``max_drop``,
+            ``max_latency_ms``, ``seed``; as on the command line.
 
     Returns:
         The report; its ``exit_code`` is what the command line would exit with (8 on untrained
@@ -91,7 +100,7 @@ def compress(
         UsageError: the recipe or its inputs are no good.
         ParityError, AccuracyGateError, LatencyGateError, MeasurementError: the run finished and
             its files are in ``out``, but parity or a gate of the recipe failed.
-        TargetMissingError: a target's runtime isn't installed.
+        TargetMissingError: a target's runtime, or NNCF where it is asked for, isn't installed.
     """
     given = options_to_recipe(**options)
     if isinstance(recipe, str | Path):

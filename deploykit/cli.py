@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from deploykit.cli_sensitivity import sensitivity
 from deploykit.errors import DeploykitError, ExitCode
 
 app = typer.Typer(
@@ -46,6 +47,16 @@ def _print_json(text: str) -> None:
 def compress(
     model: Annotated[str | None, typer.Option(help="Backbone name or module:factory.")] = None,
     bits: Annotated[str | None, typer.Option(help="4, 8, w4a8, w4a16 …")] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="Who quantises: deploykit or nncf.", show_default="deploykit")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Others to quantise the same model, for the report: nncf.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="fast, balanced or best.")] = None,
+    time_budget: Annotated[
+        float | None, typer.Option(help="Seconds quantising should take at most.")
+    ] = None,
     weights: Weights = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML).")] = None,
     set_: Annotated[
@@ -80,6 +91,10 @@ def compress(
     options = options_to_recipe(
         model=model,
         bits=bits,
+        algorithm=algorithm,
+        compare=None if compare is None else [c.strip() for c in compare.split(",")],
+        preset=preset,
+        time_budget=time_budget,
         weights=weights,
         num_classes=num_classes,
         img_size=img_size,
@@ -111,6 +126,9 @@ def compress(
     if as_json:
         _print_json(report.to_json())
     return report.exit_code
+
+
+app.command()(sensitivity)
 
 
 @app.command("list")

@@ -11,26 +11,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deploykit.backbones.build import build_backbone
 from deploykit.backbones.inspection import count_macs
 from deploykit.data import ImageSet, open_dataset
 from deploykit.environment import environment, version
-from deploykit.errors import TargetMissingError, UsageError
+from deploykit.errors import DeploykitError, TargetMissingError, UsageError
 from deploykit.export.onnx import onnx_bytes
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.quantized import QuantizedModel
 from deploykit.images import Images, calibration_images, verification_images
 from deploykit.progress import Reporter
 from deploykit.prune.semi_structured import sparsify_2_4
-from deploykit.quant.quantize import QuantizeOptions, quantize
+from deploykit.quant.cache import TensorCache
+from deploykit.quant.nncf_algorithm import has_attention, import_nncf, nncf_onnx
+from deploykit.quant.options import PRESETS, QuantizeOptions
+from deploykit.quant.quantize import quantize
 from deploykit.recipe import QuantizeSection, Recipe
 from deploykit.recipe_io import dump_recipe
-from deploykit.report.model import LayerError, Report
+from deploykit.report.model import OWN_ARTIFACTS, LayerError, Report
 from deploykit.report.write import write_report
 from deploykit.targets.registry import get_target
-from deploykit.types import Artifact, Backbone, PassRecord
+from deploykit.types import Artifact, Backbone, ParityRow, PassRecord
 from deploykit.verdict import judge
 from deploykit.verify import check_parity, measure_accuracy, measure_latency
 from deploykit.workspace import Workspace, open_workspace
@@ -39,9 +40,11 @@ __all__ = ["default_output", "run"]
 
 
 def default_output(recipe: Recipe) -> Path:
-    """``out/<model>-<bits>`` in the working folder."""
+    """``out/<model>-<bits>`` in the working folder, with the algorithm if it isn't ours."""
     stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in recipe.model.name)
-    return Path("out") / f"{stem[-80:]}-{recipe.quantize.bits}"
+    section = recipe.quantize
+    other = "" if section.algorithm == "deploykit" else f"-{section.algorithm}"
+    return Path("out") / f"{stem[-80:]}-{section.bits}{other}"
 
 
 def run(
@@ -67,6 +70,8 @@ def run(
     for target in targets:
         if (reason := target.available()) is not None:
             raise TargetMissingError(f"target {target.name}: {reason}")
+    if recipe.quantize.uses_nncf:
+        import_nncf()
     backbone, notes = build_backbone(recipe.model, recipe.seed)
     inputs = _Inputs(recipe, backbone)
     for note in [*notes, *inputs.notes]:
@@ -146,89 +151,134 @@ class _Job:
             return capture(self.backbone)
 
     @cached_property
-    def quantized(self) -> QuantizedModel:
-        images = self.inputs.calibration
-        size = self.recipe.calibration.batch_size
-        captured = self.original
-        if self.pruned[1]:
-            with self.reporter.step("capture, pruned"):
-                captured = capture(self.pruned[0])
-        title = f"calibrate on {images.count} images and quantise"
-        with self.reporter.step(title, total=2 * images.count) as advance:
-            return quantize(
-                captured,
-                quantize_options(self.recipe.quantize),
-                lambda: images.batches(size),
-                advance,
-                (self.workspace.work / "histograms.safetensors", self.workspace.write),
-            )
+    def source(self) -> CapturedModel:
+        """What is quantised: the original, or the pruned model."""
+        if not self.pruned[1]:
+            return self.original
+        with self.reporter.step("capture, pruned"):
+            return capture(self.pruned[0])
 
     @cached_property
-    def artifacts(self) -> list[Artifact]:
-        quantized, original = self.quantized, self.original
-        weights = self.backbone.weights.label
-        common = {
+    def quantized(self) -> QuantizedModel | None:
+        """The quantised graph; None where another algorithm makes the file."""
+        if self.recipe.quantize.algorithm != "deploykit":
+            return None
+        images = self.inputs.calibration
+        size = self.recipe.calibration.batch_size
+        return quantize(
+            self.source,
+            quantize_options(self.recipe.quantize, self.recipe.seed),
+            lambda: images.batches(size),
+            images=images.count,
+            steps=self.reporter.step,
+            cache=TensorCache(self.workspace.work, self.workspace.write),
+        )
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """What every file of the run says about itself."""
+        return {
             "deploykit_version": version(),
             "model": self.backbone.name,
-            "weights": weights,
+            "weights": self.backbone.weights.label,
             "weights_sha256": self.backbone.weights.sha256 or "",
             "recipe_sha256": hashlib.sha256(self.recipe_text.encode()).hexdigest(),
         }
-        plans = [
-            ("original", "original.onnx", original.graph_module, "fp32", original.dynamic_batch),
-            (
-                "compressed",
-                "model.onnx",
-                quantized.graph_module,
-                quantized.bits,
-                quantized.dynamic_batch,
-            ),
-        ]
-        made = []
-        for name, filename, graph_module, precision, dynamic in plans:
-            path = self.workspace.out / filename
 
-            def write(
-                path: Path = path,
-                graph_module: torch.fx.GraphModule = graph_module,
-                precision: str = precision,
-                dynamic: bool = dynamic,
-            ) -> dict[str, object]:
-                with self.reporter.step(f"write {path.name}"):
-                    data = onnx_bytes(
-                        graph_module,
-                        self.backbone,
-                        dynamic_batch=dynamic,
-                        metadata={**common, "precision": precision},
-                    )
-                    self.workspace.write(path, data)
-                return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-            facts: dict[str, Any] = self.workspace.cached(f"artifact-{name}", write)
-            split: dict[str, Any] = quantized.how_it_runs() if name == "compressed" else {}
-            made.append(
-                Artifact(
-                    name=name,
-                    format="onnx",
-                    path=path,
-                    precision=precision,
-                    weights=weights,
-                    **facts,
-                    **split,
+    @cached_property
+    def made(self) -> tuple[list[Artifact], list[PassRecord], list[str]]:
+        """The files, what was done to make them, and what the user should know of them."""
+        section, quantized = self.recipe.quantize, self.quantized
+        records, warnings = list(self.pruned[1]), []
+        artifacts = [self._exported("original", "original.onnx", self.original, "fp32")]
+        plans = [("nncf", "nncf.onnx")] if "nncf" in section.compare else []
+        if quantized is None:
+            plans.insert(0, ("compressed", "model.onnx"))
+        else:
+            records += quantized.records
+            shipped = self._exported("compressed", "model.onnx", quantized, quantized.bits)
+            artifacts.append(
+                shipped.model_copy(
+                    update={"algorithm": f"deploykit {version()}", **quantized.how_it_runs()}
                 )
             )
-        return made
+        for name, filename in plans:
+            try:
+                artifact, record = self._by_nncf(name, filename)
+            except DeploykitError as error:
+                if name == "compressed" or isinstance(error, UsageError):
+                    raise
+                warnings.append(f"not compared with {name}: {error}")
+                continue
+            artifacts.append(artifact)
+            records.append(record)
+            warnings += [f"{name}: {line}" for line in record.details.get("warnings", [])]
+        return artifacts, records, warnings
+
+    def _exported(
+        self, name: str, filename: str, model: CapturedModel | QuantizedModel, precision: str
+    ) -> Artifact:
+        path = self.workspace.out / filename
+
+        def write() -> dict[str, object]:
+            with self.reporter.step(f"write {filename}"):
+                data = onnx_bytes(
+                    model.graph_module,
+                    self.backbone,
+                    dynamic_batch=model.dynamic_batch,
+                    metadata={**self.metadata, "precision": precision},
+                )
+                self.workspace.write(path, data)
+            return {"precision": precision, **_size_and_hash(data)}
+
+        return self._artifact(name, path, self.workspace.cached(f"artifact-{name}", write))
+
+    def _by_nncf(self, name: str, filename: str) -> tuple[Artifact, PassRecord]:
+        path, images = self.workspace.out / filename, self.inputs.calibration
+
+        def write() -> dict[str, object]:
+            captured, size = self.source, self.recipe.calibration.batch_size
+            # NNCF starts from the same float file that everything is compared with.
+            if captured is self.original:
+                model = (self.workspace.out / "original.onnx").read_bytes()
+            else:
+                model = onnx_bytes(
+                    captured.graph_module, self.backbone, dynamic_batch=captured.dynamic_batch
+                )
+            with self.reporter.step(f"quantise with nncf on {images.count} images") as advance:
+                found = nncf_onnx(
+                    model,
+                    self.recipe.quantize.bits,
+                    lambda: images.batches(size),
+                    images.count,
+                    attention=has_attention(captured.graph_module),
+                    metadata=self.metadata,
+                    progress=advance,
+                )
+                self.workspace.write(path, found.data)
+            facts = {"precision": found.bits, "algorithm": found.made_by, **found.how_it_runs}
+            record = found.record.model_dump(mode="json")
+            return {"facts": {**facts, **_size_and_hash(found.data)}, "record": record}
+
+        kept = self.workspace.cached(f"artifact-{name}", write)
+        record = PassRecord.model_validate(kept["record"])
+        return self._artifact(name, path, kept["facts"]), record
+
+    def _artifact(self, name: str, path: Path, facts: dict[str, Any]) -> Artifact:
+        weights = self.backbone.weights.label
+        return Artifact(name=name, format="onnx", path=path, weights=weights, **facts)
 
     def report(self, command: str, started: str, clock: float, notes: list[str]) -> Report:
         recipe, quantized = self.recipe, self.quantized
-        artifacts = self.artifacts
+        artifacts, records, remarks = self.made
         parity = check_parity(
             recipe, self.workspace, self.reporter, self.original, quantized, artifacts,
             self.inputs.verification,
         )  # fmt: skip
         accuracy = measure_accuracy(
-            recipe, self.workspace, self.reporter, quantized, artifacts, self.inputs.evaluation
-        )
+            recipe, self.workspace, self.reporter, self.original, quantized, artifacts,
+            self.inputs.evaluation,
+        )  # fmt: skip
         measurements = measure_latency(
             recipe, self.workspace, self.reporter, self.backbone, artifacts
         )
@@ -243,7 +293,7 @@ class _Job:
             macs=count_macs(copy.deepcopy(module), self.backbone.preprocessing.size),
             preprocessing=self.backbone.preprocessing,
             weights=self.backbone.weights,
-            bits=quantized.bits,
+            bits=next(a.precision for a in artifacts if a.name == "compressed"),
             calibration=self.inputs.calibration.description,
             verdict="ok",
             verdict_reasons=[],
@@ -260,26 +310,56 @@ class _Job:
                 )
                 for plan in quantized.plans
                 if plan.node in quantized.layer_sqnr_db
-            ],
-            passes=[*self.pruned[1], *quantized.records],
+            ]
+            if quantized is not None
+            else [],
+            passes=records,
             environment=environment(),
             recipe=recipe.model_dump(mode="json"),
-            warnings=[*notes, *self.inputs.notes],
+            warnings=[*notes, *self.inputs.notes, *remarks, *_untrusted(parity)],
         )
         return judge(report, recipe.gates)
 
 
-def quantize_options(section: QuantizeSection) -> QuantizeOptions:
-    """The recipe's quantize section in the quant room's terms."""
+def _size_and_hash(data: bytes) -> dict[str, object]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _untrusted(parity: list[ParityRow]) -> list[str]:
+    """Warnings of files the run doesn't answer for, and so doesn't fail on."""
+    missed = {row.artifact for row in parity if not row.passed} - set(OWN_ARTIFACTS)
+    return [f"{name}: its file missed parity; don't trust its figures" for name in sorted(missed)]
+
+
+def quantize_options(section: QuantizeSection, seed: int = 0) -> QuantizeOptions:
+    """The recipe's quantize section in the quant room's terms.
+
+    What the section leaves open is the preset's; without a preset, the quant room's default.
+    """
     widths = section.widths
+    preset = PRESETS[section.preset] if section.preset else None
+    chosen: dict[str, Any] = {
+        "rounding": section.rounding or (preset and preset.rounding),
+        "reconstruction": section.reconstruction or (preset and preset.reconstruction),
+        "reconstruction_iterations": section.reconstruction_iterations
+        or (preset and preset.iterations),
+    }
     return QuantizeOptions(
         weight_bits=widths.weights,
         input_bits=widths.activations,
         activation_range=section.activation_range,
         weight_range=section.weight_range,
-        fold_norms=section.fold_norms,
+        norm_fold=section.norm_fold,
+        head_fold=section.head_fold,
+        equalize=section.equalize,
         softmax=section.softmax,
+        gelu=section.gelu,
         edge_bits=section.edge_bits,
         keep_8bit=tuple(section.keep_8bit),
         float_layers=tuple(section.float_layers),
+        layer_bits=tuple(section.layer_bits.items()),
+        rounding_images=section.rounding_images,
+        bias_correction=section.bias_correction,
+        seed=seed,
+        **{name: value for name, value in chosen.items() if value},
     )

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from deploykit.types import Preprocessing
 
 __all__ = [
+    "NNCF_BITS",
     "Bits",
     "CalibrationSection",
     "EvaluationSection",
@@ -25,6 +26,7 @@ __all__ = [
     "Recipe",
     "VerifySection",
     "parse_bits",
+    "parse_layer_bits",
 ]
 
 
@@ -70,6 +72,22 @@ def parse_bits(value: object) -> str:
     return f"w{weights}a{activations}"
 
 
+def parse_layer_bits(value: object) -> str:
+    """``float``, or what ``parse_bits`` makes of the value.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    text = str(value).strip().lower()
+    if text == "float":
+        return text
+    try:
+        return parse_bits(value)
+    except ValueError as error:
+        message = f"{error}; or float"
+        raise ValueError(message) from error
+
+
 def _split_bits(text: str) -> Bits:
     match = _BITS.match(text)
     assert match is not None  # parse_bits ran before
@@ -81,6 +99,14 @@ def _expand(path: Path) -> Path:
 
 
 UserPath = Annotated[Path, AfterValidator(_expand)]
+BitsText = Annotated[str, BeforeValidator(parse_bits)]
+LayerBitsText = Annotated[str, BeforeValidator(parse_layer_bits)]
+
+Algorithm = Literal["deploykit", "nncf"]
+Grid = Literal["auto", "uniform", "log2", "log-sqrt2", "sulq", "adalog", "twin-uniform"]
+
+NNCF_BITS = ("w8a8", "w8a16", "w4a16")
+"""What NNCF's ONNX backend quantises to; it knows no 4-bit or 6-bit activations."""
 
 
 class Section(BaseModel):
@@ -124,15 +150,48 @@ class PruneSection(Section):
 
 
 class QuantizeSection(Section):
-    """Widths, ranges, folds."""
+    """Who quantises, to which widths, and how."""
 
-    bits: Annotated[str, BeforeValidator(parse_bits)] = "w8a8"
-    activation_range: Literal["minmax", "percentile", "percentile-mse"] = "percentile"
+    bits: BitsText = "w8a8"
+    algorithm: Algorithm = Field(
+        default="deploykit", description="nncf: NNCF's own quantisation makes the file that ships"
+    )
+    compare: list[Literal["nncf"]] = Field(
+        default=[], description="others that quantise the same model, for rows of the same report"
+    )
+    preset: Literal["fast", "balanced", "best"] | None = Field(
+        default=None, description="how much work goes into accuracy; None: the default flow"
+    )
+    time_budget_s: float | None = Field(
+        default=None, gt=0, description="seconds quantising should take at most; None: no limit"
+    )
+    activation_range: Literal["minmax", "percentile", "percentile-mse", "progressive"] = (
+        "percentile"
+    )
     weight_range: Literal["minmax", "mse"] = "mse"
-    fold_norms: bool = Field(default=True, description="RepQ fold of LayerNorm and GroupNorm")
-    softmax: Literal["auto", "uniform", "log-sqrt2"] = Field(
+    rounding: Literal["nearest", "gptq", "erq"] | None = Field(
+        default=None, description="of the weights; None: what the preset says"
+    )
+    rounding_images: int = Field(
+        default=128, gt=0, description="calibration images that rounding reads at most"
+    )
+    reconstruction: Literal["none", "plain", "aphq", "fima"] | None = Field(
+        default=None, description="block by block; None: what the preset says"
+    )
+    reconstruction_iterations: int | None = Field(
+        default=None, gt=0, description="steps a block; None: what the preset says"
+    )
+    norm_fold: Literal["auto", "off", "repq", "repq-median", "repq-clipped", "smooth"] = Field(
+        default="auto",
+        description="of LayerNorm and GroupNorm: RepQ's, variants of it, SmoothQuant's",
+    )
+    equalize: bool = Field(default=True, description="cross-layer equalisation of weights")
+    bias_correction: bool = Field(default=True, description="mean output error into the bias")
+    head_fold: bool = Field(default=True, description="scales of attention heads into weights")
+    softmax: Grid = Field(
         default="auto", description="auto: log-sqrt2 at 4 bits and below, uniform above"
     )
+    gelu: Grid = Field(default="uniform", description="grid of the values behind a GELU")
     edge_bits: int = Field(
         default=8,
         ge=3,
@@ -143,11 +202,41 @@ class QuantizeSection(Section):
         default=["first", "last", "depthwise"],
         description="layers whose weights and inputs keep edge_bits when bits is narrower",
     )
+    layer_bits: dict[str, LayerBitsText] = Field(
+        default={}, description="layer names (globs) with widths of their own: wNaM, or float"
+    )
     float_layers: list[str] = Field(default=[], description="layer names (globs) left in float")
 
     @property
     def widths(self) -> Bits:
         return _split_bits(self.bits)
+
+    @property
+    def uses_nncf(self) -> bool:
+        """NNCF makes a file of this run."""
+        return self.algorithm == "nncf" or "nncf" in self.compare
+
+    @model_validator(mode="after")
+    def _nncf_can(self) -> QuantizeSection:
+        if self.algorithm in self.compare or len(set(self.compare)) < len(self.compare):
+            message = f"quantize.compare names {self.compare[-1]} twice; leave it out"
+            raise ValueError(message)
+        if self.uses_nncf and self.bits not in NNCF_BITS:
+            *most, last = NNCF_BITS
+            message = f"quantize.bits must be {', '.join(most)} or {last} for nncf, got {self.bits}"
+            raise ValueError(message)
+        if self.algorithm == "nncf" and (moot := self._set_beside("algorithm", "bits")):
+            message = f"quantize.{moot[0]} is not for algorithm nncf; leave it out"
+            raise ValueError(message)
+        return self
+
+    def _set_beside(self, *names: str) -> list[str]:
+        """Other keys than these whose value isn't the default."""
+        return [
+            name
+            for name, field in type(self).model_fields.items()
+            if name not in names and getattr(self, name) != field.default
+        ]
 
 
 class VerifySection(Section):
@@ -214,5 +303,8 @@ class Recipe(Section):
             raise ValueError(message)
         if self.gates.max_drop is not None and self.evaluation.data is None:
             message = "gates.max_drop needs labelled images: give evaluation.data (--data DIR)"
+            raise ValueError(message)
+        if self.quantize.algorithm == "nncf" and self.evaluation.simulation:
+            message = "evaluation.simulation is not for algorithm nncf; leave it out"
             raise ValueError(message)
         return self

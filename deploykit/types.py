@@ -95,12 +95,17 @@ class PassRecord(Data):
 class Artifact(Data):
     """One file that ships (or the float file it is compared with)."""
 
-    name: str = Field(description="'original' or 'compressed', unique in a report")
+    name: str = Field(
+        description="'original', 'compressed', or whose file it is compared with; unique"
+    )
     format: str
     path: Path
     bytes: int
     sha256: str
     precision: str = Field(description="'fp32' or 'w4a8' …")
+    algorithm: str = Field(
+        default="", description="what quantised it, and its version; empty for the float file"
+    )
     weights: str = Field(description="label of the weights' origin, 'untrained' if so")
     integer: list[str] = Field(default=[], description="parts that run on integers here")
     wider: list[str] = Field(default=[], description="parts narrower on disk than when computed")

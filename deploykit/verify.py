@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deploykit.data import ImageSet
+from deploykit.errors import DeploykitError
 from deploykit.evaluate import paired_accuracy, top1_and_predictions
 from deploykit.export.parity import Reference, compare, make_reference
 from deploykit.graph.capture import CapturedModel
@@ -17,15 +18,18 @@ from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.images import Images
 from deploykit.progress import Reporter
 from deploykit.recipe import Recipe
+from deploykit.targets.cpu_onnxruntime import import_onnxruntime
 from deploykit.targets.device import allowed_cores
 from deploykit.targets.measure import measure
-from deploykit.targets.registry import get_target
+from deploykit.targets.registry import get_target, one_line
 from deploykit.types import Accuracy, Artifact, Backbone, Measurement, ParityRow
 from deploykit.workspace import Workspace
 
-__all__ = ["check_parity", "measure_accuracy", "measure_latency"]
+__all__ = ["UNOPTIMIZED", "check_parity", "measure_accuracy", "measure_latency"]
 
 _REFERENCE_BATCH = 8
+UNOPTIMIZED = "no simulation: compared with the same file run without graph optimisations"
+"""Name of the reference of a file that others quantised."""
 
 
 def _runner(target: str, path: Path, threads: int) -> Callable[[Tensor], Tensor]:
@@ -42,24 +46,29 @@ def check_parity(
     workspace: Workspace,
     reporter: Reporter,
     original: CapturedModel,
-    quantized: QuantizedModel,
+    quantized: QuantizedModel | None,
     artifacts: Sequence[Artifact],
     images: Images,
 ) -> list[ParityRow]:
     """Compare each artefact on each target with the graph it was lowered from.
 
-    A model whose batch is fixed is compared at batch 1 only.
+    A file that others quantised comes from no graph of ours and has no simulation: it is compared
+    with itself, run operator by operator as it is written. A model whose batch is fixed is
+    compared at batch 1 only.
+
+    Args:
+        quantized: the graph of the artefact ``compressed``; None if others made that, too.
     """
 
     def compute() -> list[dict[str, object]]:
-        batch_sizes = recipe.verify.batch_sizes if quantized.dynamic_batch else (1,)
-        total = 5 + len(recipe.targets) * len(artifacts) * len(batch_sizes)
+        batch_sizes = recipe.verify.batch_sizes if original.dynamic_batch else (1,)
+        total = len(artifacts) * (1 + len(recipe.targets) * len(batch_sizes))
         rows = []
         with reporter.step(f"verify on {images.count} images", total=total) as advance:
             pixels = torch.cat(list(images.batches(images.count)))
-            own = _REFERENCE_BATCH if quantized.dynamic_batch else 1
-            references = _references(original, quantized, pixels, own, recipe.seed)
-            advance(5)
+            own = _REFERENCE_BATCH if original.dynamic_batch else 1
+            references = _references(original, quantized, artifacts, pixels, own, recipe.seed)
+            advance(len(artifacts))
             for target in recipe.targets:
                 for artifact in artifacts:
                     run = _runner(target, artifact.path, len(allowed_cores()))
@@ -86,7 +95,12 @@ def _finite(rows: list[dict[str, object]]) -> list[dict[str, object]]:
 
 
 def _references(
-    original: CapturedModel, quantized: QuantizedModel, pixels: Tensor, batch: int, seed: int
+    original: CapturedModel,
+    quantized: QuantizedModel | None,
+    artifacts: Sequence[Artifact],
+    pixels: Tensor,
+    batch: int,
+    seed: int,
 ) -> dict[str, Reference]:
     floats = make_reference(
         "float model (torch)",
@@ -95,22 +109,56 @@ def _references(
         None,
         seed,
     )
-    rounds_inside = any(plan.input_bits != FLOAT for plan in quantized.plans)
-    simulation = make_reference(
-        "simulation (torch)",
-        lambda x: _in_batches(quantized, x, batch),
-        pixels,
-        floats.logits if rounds_inside else None,
-        seed,
-    )
-    return {"original": floats, "compressed": simulation}
+    references = {"original": floats}
+    for artifact in artifacts:
+        if artifact.name == "original":
+            continue
+        run: Callable[[Tensor], Tensor]
+        if artifact.name == "compressed" and quantized is not None:
+            name, run = "simulation (torch)", quantized
+            rounds_inside = any(plan.input_bits != FLOAT for plan in quantized.plans)
+        else:
+            name, run = UNOPTIMIZED, _as_written(artifact.path)
+            rounds_inside = not artifact.precision.endswith(f"a{FLOAT}")
+        references[artifact.name] = make_reference(
+            name,
+            partial(_in_batches, run, size=batch),
+            pixels,
+            floats.logits if rounds_inside else None,
+            seed,
+        )
+    return references
+
+
+def _as_written(path: Path) -> Callable[[Tensor], Tensor]:
+    """The file run by ONNX Runtime operator by operator, nothing fused or folded.
+
+    Raises:
+        DeploykitError: it can't be loaded.
+    """
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = len(allowed_cores())
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # its exceptions share no base of their own
+        message = f"{path}: onnxruntime cannot load it: {one_line(error)}"
+        raise DeploykitError(message) from error
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
 def measure_accuracy(
     recipe: Recipe,
     workspace: Workspace,
     reporter: Reporter,
-    quantized: QuantizedModel,
+    original: CapturedModel,
+    quantized: QuantizedModel | None,
     artifacts: Sequence[Artifact],
     images: ImageSet | None,
 ) -> list[Accuracy]:
@@ -121,7 +169,7 @@ def measure_accuracy(
     if images is None:
         return []
     assert images.labels is not None
-    data, size = images, recipe.evaluation.batch_size if quantized.dynamic_batch else 1
+    data, size = images, recipe.evaluation.batch_size if original.dynamic_batch else 1
     target = recipe.targets[0]
 
     def predictions(title: str, run: Callable[[Tensor], Tensor]) -> list[int]:
@@ -149,9 +197,10 @@ def measure_accuracy(
         for artifact in artifacts
     }
     simulated: float | None = None
-    if recipe.evaluation.simulation:
+    if recipe.evaluation.simulation and quantized is not None:
+        run = quantized
         simulation = torch.tensor(
-            workspace.cached("predictions-simulation", lambda: predictions("simulation", quantized))
+            workspace.cached("predictions-simulation", lambda: predictions("simulation", run))
         )
         simulated = 100 * float((simulation == images.labels).double().mean())
     results = []
@@ -161,7 +210,8 @@ def measure_accuracy(
         result = paired_accuracy(
             artifact.name, images.labels, found["original"], found[artifact.name], data.description
         )
-        results.append(result.model_copy(update={"simulated_top1": simulated}))
+        ours = simulated if artifact.name == "compressed" else None
+        results.append(result.model_copy(update={"simulated_top1": ours}))
     return results
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,20 +39,66 @@ def lower_dequantize(codes: Any, scale: Any, axis: int, bits: int) -> Any:
     return op.DequantizeLinear(codes, scale, axis=axis)
 
 
-def lower_log_sqrt2(x: Any, scale: float, bits: int) -> Any:
-    """The log-sqrt2 quantiser through a table of its ``2**bits`` values.
+def lower_fake_quantize_log(
+    x: Any,
+    shift: float,
+    rate: float,
+    offset: float,
+    values: Sequence[float],
+    step: float,
+    zero_point: int,
+) -> Any:
+    """The code from a logarithm, then a lookup.
 
-    ``code = clip(round(-2 log2(x / scale)), 0, 2**bits - 1)``, then a lookup. Zero has the last
-    code: its logarithm is minus infinity, which the clip takes.
+    ``x + shift`` <= 0 has the last code: its logarithm is minus infinity, which the clip takes.
     """
-    last = 2**bits - 1
-    table = np.exp2(-0.5 * np.arange(last + 1, dtype=np.float32)) * np.float32(scale)
-    table[last] = 0
-    log = op.Log(op.Div(x, _scalar(scale, np.float32, "scale")))
-    code = op.Round(op.Mul(log, _scalar(-2 / np.log(2), np.float32, "minus_two_over_ln2")))
-    code = op.Clip(code, _scalar(0, np.float32, "zero"), _scalar(last, np.float32, "last"))
-    values = op.Constant(value=ir.tensor(table.astype(np.float32), name="log_sqrt2_table"))
-    return op.Gather(values, op.Cast(code, to=ir.DataType.INT64), axis=0)
+    if shift != 0:
+        x = op.Add(x, _scalar(shift, np.float32, "shift"))
+    code = op.Mul(op.Log(op.Relu(x)), _scalar(-rate / np.log(2), np.float32, "minus_rate_over_ln2"))
+    if offset != 0:
+        code = op.Add(code, _scalar(offset, np.float32, "offset"))
+    return _lookup(op.Round(code), values, step, zero_point)
+
+
+def lower_fake_quantize_twin(
+    x: Any,
+    split: float,
+    low_step: float,
+    high_step: float,
+    values: Sequence[float],
+    step: float,
+    zero_point: int,
+) -> Any:
+    """Divide by the step of the value's grid, then look the code up."""
+    split_node = _scalar(split, np.float32, "split")
+    steps = op.Where(
+        op.Less(x, split_node),
+        _scalar(low_step, np.float32, "low_step"),
+        _scalar(high_step, np.float32, "high_step"),
+    )
+    code = op.Round(op.Div(op.Sub(x, split_node) if split != 0 else x, steps))
+    code = op.Add(code, _scalar(len(values) // 2, np.float32, "half"))
+    return _lookup(code, values, step, zero_point)
+
+
+def _lookup(code: Any, values: Sequence[float], step: float, zero_point: int) -> Any:
+    """``values[clip(code, 0, len(values) - 1)]``.
+
+    Where the values lie on an 8-bit grid the table holds uint8 and a DequantizeLinear follows it,
+    which runtimes fuse into the product that reads it as into any other quantised product.
+    """
+    low, high = _scalar(0, np.float32, "first"), _scalar(len(values) - 1, np.float32, "last")
+    index = op.Cast(op.Clip(code, low, high), to=ir.DataType.INT32)
+    table = np.array(values, np.float32)
+    if step == 0:
+        return op.Gather(op.Constant(value=ir.tensor(table, name="values")), index, axis=0)
+    codes = np.rint(table / np.float32(step)) + zero_point
+    stored = op.Constant(value=ir.tensor(codes.astype(np.uint8), name="value_codes"))
+    return op.DequantizeLinear(
+        op.Gather(stored, index, axis=0),
+        _scalar(step, np.float32, "value_step"),
+        _scalar(zero_point, np.uint8, "value_zero_point"),
+    )
 
 
 def lower_group_norm(
@@ -100,6 +146,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         ops.fake_quantize.default: lower_fake_quantize,
         ops.dequantize.default: lower_dequantize,
-        ops.fake_quantize_log_sqrt2.default: lower_log_sqrt2,
+        ops.fake_quantize_log.default: lower_fake_quantize_log,
+        ops.fake_quantize_twin.default: lower_fake_quantize_twin,
         torch.ops.aten.group_norm.default: lower_group_norm,
     }

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Histogram", "Watch", "collect_histograms"]
+__all__ = ["Histogram", "Watch", "collect_histograms", "sample_rows"]
 
 TENSOR_BINS = 2048
 CHANNEL_BINS = 512
+SAMPLE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,17 @@ class _Counts:
         )
 
 
+class _Sample:
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.rows = torch.empty(0)
+
+    def update(self, x: Tensor) -> None:
+        rows = x.movedim(self.axis, -1).flatten(0, -2)
+        index = torch.linspace(0, len(rows) - 1, min(SAMPLE_ROWS, len(rows))).long()
+        self.rows = rows[index]
+
+
 def _rows(x: Tensor, axis: int | None) -> Tensor:
     """The values as (C, many), or (1, all) without a channel axis."""
     return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
@@ -118,6 +130,22 @@ def collect_histograms(
     counts = {watch: _Counts(extremes[watch]) for watch in watches}
     _run(graph_module, counts, batches(), progress)
     return {watch: Histogram(c.low, c.high, c.counts) for watch, c in counts.items()}
+
+
+@torch.no_grad()
+def sample_rows(
+    graph_module: fx.GraphModule, axes: Mapping[str, int], batch: Tensor
+) -> dict[str, Tensor]:
+    """At most ``SAMPLE_ROWS`` evenly spread vectors of some nodes' outputs, channels last.
+
+    Args:
+        axes: channel axis by node name.
+        batch: float32 (N, 3, S, S).
+    """
+    samples = {Watch(name, axis): _Sample(axis) for name, axis in axes.items()}
+    if samples:
+        _run(graph_module, samples, [batch], None)
+    return {watch.node: sample.rows for watch, sample in samples.items()}
 
 
 def _run(

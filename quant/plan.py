@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 
 import torch
 from torch import fx
 
+from deploykit.errors import UsageError
 from deploykit.graph.edit import constant, is_op, layer_name
 from deploykit.graph.quantized import FLOAT, LayerPlan
 
-__all__ = ["is_softmax_output", "plan_layers"]
+__all__ = ["is_gelu_output", "is_softmax_output", "plan_layers"]
 
 aten = torch.ops.aten
 
@@ -35,6 +37,7 @@ def plan_layers(
     edge_bits: int = 8,
     keep_8bit: Sequence[str] = (),
     float_layers: Sequence[str] = (),
+    layer_bits: Sequence[tuple[str, str]] = (),
 ) -> list[LayerPlan]:
     """Plan every convolution, linear layer and attention matmul of a graph.
 
@@ -43,7 +46,13 @@ def plan_layers(
             ``keep_8bit`` when the asked widths are narrower.
         keep_8bit: ``first``, ``last`` and/or ``depthwise``.
         float_layers: globs of layer names left in float.
+        layer_bits: (glob of layer names, ``wNaM`` or ``float``) in place of the asked widths;
+            the first match counts, and ``keep_8bit`` doesn't.
+
+    Raises:
+        UsageError: a glob matches no layer.
     """
+    unmatched = {glob for glob, _ in layer_bits} | set(float_layers)
     first, last = _first_layers(graph_module), _last_layers(graph_module)
     plans = []
     for node in graph_module.graph.nodes:
@@ -72,15 +81,32 @@ def plan_layers(
             plan = LayerPlan(node.name, f"{name}.{suffix}", "matmul", None, input_bits, softmax)
         else:
             continue
-        pattern = next((p for p in float_layers if fnmatch(name, p)), None)
-        if pattern is not None:
-            weights_or_none = None if plan.weight_bits is None else FLOAT
-            plan = LayerPlan(
-                plan.node, name, plan.op, weights_or_none, FLOAT,
-                plan.softmax_input, f"left in float by {pattern!r}",
-            )  # fmt: skip
-        plans.append(plan)
+        rules = [(glob, "float") for glob in float_layers] + list(layer_bits)
+        matches = [rule for rule in rules if fnmatch(plan.layer, rule[0])]
+        unmatched -= {glob for glob, _ in matches}
+        plans.append(_asked(plan, *matches[0]) if matches else plan)
+    if unmatched:
+        message = (
+            f"no layer's name matches {sorted(unmatched)[0]!r}; the names are in a report's "
+            "table of layers, such as " + ", ".join(plan.layer for plan in plans[:3])
+        )
+        raise UsageError(message)
     return plans
+
+
+def _asked(plan: LayerPlan, glob: str, bits: str) -> LayerPlan:
+    """A plan at the widths that ``glob`` was given."""
+    if bits == "float":
+        weights, inputs, note = FLOAT, FLOAT, f"left in float by {glob!r}"
+    else:
+        weights, inputs = (int(width) for width in bits[1:].split("a"))
+        note = f"{bits} by {glob!r}"
+    return replace(
+        plan,
+        weight_bits=None if plan.weight_bits is None else weights,
+        input_bits=inputs,
+        note=note,
+    )
 
 
 def is_softmax_output(node: object) -> bool:
@@ -89,6 +115,14 @@ def is_softmax_output(node: object) -> bool:
         assert isinstance(node, fx.Node)
         node = node.args[0]
     return is_op(node, aten.softmax.int, aten._softmax.default)
+
+
+def is_gelu_output(node: object) -> bool:
+    """Whether a node's values are those of a GELU, perhaps moved."""
+    while is_op(node, *MOVES):
+        assert isinstance(node, fx.Node)
+        node = node.args[0]
+    return is_op(node, aten.gelu.default)
 
 
 def _is_depthwise(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deploykit.quant.ranges import weight_scale
 
-__all__ = ["QuantizedBias", "QuantizedWeight", "quantize_bias", "quantize_weight"]
+__all__ = ["QuantizedBias", "QuantizedWeight", "bias_floor", "quantize_bias", "quantize_weight"]
 
 _BIAS_CODES = 2**30  # leaves a bit of the int32 accumulator for the products
 
@@ -58,11 +58,16 @@ def quantize_weight(
     """
     scale = weight_scale(weight, bits, method)
     if bias is not None and input_scale is not None:
-        scale = torch.maximum(scale, bias.abs().float() / (input_scale * _BIAS_CODES))
+        scale = torch.maximum(scale, bias_floor(bias, input_scale))
     shape = [-1] + [1] * (weight.ndim - 1)
     codes = torch.round(weight.float() / scale.reshape(shape))
     codes = codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return QuantizedWeight(codes.to(torch.int8), scale, bits)
+
+
+def bias_floor(bias: Tensor, input_scale: float) -> Tensor:
+    """The least weight scales (out,) with which a bias fits int32 codes."""
+    return bias.abs().float() / (input_scale * _BIAS_CODES)
 
 
 def quantize_bias(bias: Tensor, input_scale: float, weight: QuantizedWeight) -> QuantizedBias:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -20,7 +22,12 @@ from torch import Tensor, nn
 from deploykit.errors import DeploykitError
 from deploykit.export.onnx import INPUT_NAME, OUTPUT_NAME, export_onnx, onnx_bytes
 from deploykit.graph.capture import CapturedModel
-from deploykit.graph.ops import dequantize, fake_quantize, fake_quantize_log_sqrt2
+from deploykit.graph.ops import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_log,
+    fake_quantize_twin,
+)
 from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.graph.signal import sqnr_db
 from deploykit.quant.quantize import QuantizeOptions, quantize
@@ -155,16 +162,16 @@ def test_fake_quantize_gives_the_same_codes(
 @pytest.mark.parametrize(("scale", "bits"), [(1.0, 4), (float(np.float32(0.83)), 3), (0.5, 8)])
 @given(values=st.lists(st.floats(0, 2.0**20, width=32), max_size=20))
 @few
-def test_log_sqrt2_gives_the_same_values_but_at_ties(
+def test_log_gives_the_same_values_but_at_ties(
     scale: float, bits: int, values: list[float]
 ) -> None:
     graph, session, _ = lowered_log(scale, bits)
     grid = scale * 2.0 ** (-np.arange(2**bits + 2) / 2)
-    x = as_images(np.concatenate([values, grid, grid * 1.05, grid * 0.95, [0.0, 1e-38]]))
+    x = as_images(np.concatenate([values, grid, grid * 1.05, grid * 0.95, [0.0, 1e-38, -1.0]]))
     wanted, result = graph(x), session(x)
     position = -2 * torch.log2(x.double() / scale)
     tie = ((position - position.floor()) - 0.5).abs() < 1e-4
-    torch.testing.assert_close(wanted[~tie], result[~tie], rtol=1e-6, atol=0)
+    assert torch.equal(wanted[~tie], result[~tie])
     if tie.any():  # one code up or down
         ratio = (wanted[tie] / result[tie]).nan_to_num(1.0)
         assert ((ratio > 0.7) & (ratio < 1.42) | (result[tie] == 0) | (wanted[tie] == 0)).all()
@@ -173,7 +180,82 @@ def test_log_sqrt2_gives_the_same_values_but_at_ties(
 
 @cache
 def lowered_log(scale: float, bits: int) -> tuple[Run, Run, bytes]:
-    return lowered(Op(lambda x: fake_quantize_log_sqrt2(x, scale, bits)))
+    values = np.float32(scale) * np.exp2(-np.arange(2**bits, dtype=np.float32) / 2)
+    values[-1] = 0
+    offset = float(np.float32(2 * np.log2(scale)))
+    table = values.tolist()
+    return lowered(Op(lambda x: fake_quantize_log(x, 0.0, 2.0, offset, table, 0.0, 0)))
+
+
+class Attention(nn.Module):
+    """A product of quantised softmax outputs, as attention has it."""
+
+    def __init__(self, values: list[float], step: float, zero_point: int, twin: bool) -> None:
+        super().__init__()
+        self.table, self.twin = (values, step, zero_point), twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(x * 4, -1)
+        if self.twin:
+            weights = fake_quantize_twin(weights, 0.25, 0.125, 0.75, *self.table)
+        else:
+            weights = fake_quantize_log(weights, 0.0, 1.0, 0.0, *self.table)
+        return weights @ fake_quantize(x.transpose(2, 3), 0.03125, 100, 8)
+
+
+@pytest.mark.parametrize("twin", [False, True])
+@pytest.mark.parametrize(("zero_point", "low"), [(0, 0.0), (51, -0.25)])
+@pytest.mark.parametrize("on_bytes", [True, False])
+def test_a_table_of_bytes_is_multiplied_as_integers(
+    tmp_path: Path, on_bytes: bool, zero_point: int, low: float, twin: bool
+) -> None:
+    step = float(np.float32((1 - low) / 255))
+    codes = np.array([255, 128, 77, 0], np.float32)
+    values = ((codes - zero_point) * np.float32(step)).tolist()
+    if twin:
+        values.reverse()
+    grid = (step, zero_point) if on_bytes else (0.0, 0)
+    graph, session, data = lowered(Attention(values, *grid, twin))
+    (tmp_path / "m.onnx").write_bytes(data)
+    x = images(5, SIDE, seed=2)
+    fast = runner(CpuOnnxRuntime(), tmp_path / "m.onnx")
+    for run in (session, fast):
+        assert sqnr_db(graph(x), run(x)) > 100
+    operators = optimised_operators(data, tmp_path)
+    assert operators["MatMulIntegerToFloat"] == (1 if on_bytes else 0)
+    assert operators["MatMul"] == (0 if on_bytes else 1)
+    graph_proto = onnx.load_from_string(data).graph
+    constants = [a.t for n in graph_proto.node for a in n.attribute if a.name == "value"]
+    tables = [t for t in [*graph_proto.initializer, *constants] if list(t.dims) == [4]]
+    assert {t.data_type for t in tables} == {TensorProto.UINT8 if on_bytes else TensorProto.FLOAT}
+
+
+def test_a_model_says_how_its_tables_run() -> None:
+    options = QuantizeOptions(4, 4, softmax="log-sqrt2")
+    model = quantize(model_of("vit"), options, batches())
+    table = "codes of 2 activations without equal steps"
+    split = model.how_it_runs()
+    assert "4 attention matmuls have integer inputs" in split["integer"]
+    assert f"{table} become 8-bit integers by a table" in split["wider"]
+    assert not split["simulated"]
+    module = copy.deepcopy(model.graph_module)
+    for node in nodes_of(module, torch.ops.deploykit.fake_quantize_log.default):
+        node.args = (*node.args[:5], 0.0, 0)
+    split = dataclasses.replace(model, graph_module=module).how_it_runs()
+    assert "2 attention matmuls have integer inputs" in split["integer"]
+    assert split["simulated"] == [f"{table}: their values are multiplied as floats"]
+    assert not any("table" in line for line in split["wider"])
+
+
+def optimised_operators(data: bytes, folder: Path) -> Counter[str]:
+    """What ONNX Runtime makes of a file."""
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    model = onnx.load(folder / "optimised.onnx")
+    return Counter(node.op_type for node in model.graph.node)
 
 
 class Dequantized(nn.Module):

@@ -143,17 +143,17 @@ def test_float_layers_stay_as_they_are() -> None:
 def test_softmax_outputs_take_the_log_quantiser_at_4_bits_and_below() -> None:
     for bits, count in ((8, 0), (6, 0), (4, 2), (3, 2)):
         module = quantized("vit", bits, bits).graph_module
-        assert len(nodes_of(module, ops.fake_quantize_log_sqrt2.default)) == count
+        assert len(nodes_of(module, ops.fake_quantize_log.default)) == count
     for choice, count in (("uniform", 0), ("log-sqrt2", 2)):
         model = quantize(model_of("vit"), QuantizeOptions(4, 4, softmax=choice), batches())
-        assert len(nodes_of(model.graph_module, ops.fake_quantize_log_sqrt2.default)) == count
+        assert len(nodes_of(model.graph_module, ops.fake_quantize_log.default)) == count
 
 
 def test_shvits_transposed_softmax_takes_it_too() -> None:
     model = quantize(captured(tiny_shvit(), 64), QuantizeOptions(4, 4), batches(64, 2))
     attention = [plan for plan in model.plans if plan.softmax_input]
     assert len(attention) == 9
-    assert len(nodes_of(model.graph_module, ops.fake_quantize_log_sqrt2.default)) == 9
+    assert len(nodes_of(model.graph_module, ops.fake_quantize_log.default)) == 9
     assert not nodes_of(model.graph_module, aten.batch_norm.default)
     assert torch.isfinite(model(images(2, 64))).all()
 

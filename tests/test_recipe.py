@@ -171,7 +171,9 @@ def test_options_and_overrides_lie_over_the_file(
     ("override", "expected"),
     [
         ("quantize.bits=4", {"quantize": {"bits": 4}}),
-        ("quantize.fold_norms=false", {"quantize": {"fold_norms": False}}),
+        ("quantize.equalize=false", {"quantize": {"equalize": False}}),
+        ("quantize.norm_fold=off", {"quantize": {"norm_fold": "off"}}),
+        ("quantize.compare=nncf", {"quantize": {"compare": ["nncf"]}}),
         ("gates.max_drop=0.5", {"gates": {"max_drop": 0.5}}),
         ("gates.max_drop=", {"gates": {"max_drop": None}}),
         ("prune.sparsity=2:4", {"prune": {"sparsity": "2:4"}}),

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from deploykit.errors import DeploykitError
 from deploykit.graph.attention import decompose_attention
-from deploykit.graph.edit import clean, remove_dropout
+from deploykit.graph.edit import clean, functionalize, remove_dropout
 from deploykit.types import Backbone
 
 __all__ = ["CapturedModel", "capture"]
@@ -83,5 +83,6 @@ def capture(backbone: Backbone) -> CapturedModel:
     assert isinstance(graph_module, fx.GraphModule)
     decompose_attention(graph_module)
     remove_dropout(graph_module)
+    functionalize(graph_module)
     clean(graph_module)
     return CapturedModel(graph_module, backbone, dynamic)

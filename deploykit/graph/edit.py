@@ -12,6 +12,7 @@ __all__ = [
     "add_tensor",
     "clean",
     "constant",
+    "functionalize",
     "is_op",
     "layer_name",
     "remove_dropout",
@@ -82,6 +83,28 @@ def remove_dropout(graph_module: fx.GraphModule) -> None:
             graph_module.graph.erase_node(node)
         elif is_op(node, aten.view.default):
             node.target = aten.reshape.default
+
+
+def functionalize(graph_module: fx.GraphModule) -> None:
+    """Replace operators that write into their input (``relu_``) by those that don't.
+
+    Passes keep activations to compare and to learn from; none may change under them.
+    """
+    order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
+        if not node.target._schema.is_mutable or not packet.endswith("_"):
+            continue
+        pure = getattr(aten, packet[:-1], None)
+        if pure is None or overload not in pure.overloads():
+            continue
+        node.target = getattr(pure, overload)
+        written = node.args[0]
+        for user in list(written.users):
+            if order[user] > order[node]:  # it would have seen the new value
+                user.replace_input_with(written, node)
 
 
 def clean(graph_module: fx.GraphModule) -> None:

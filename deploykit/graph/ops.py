@@ -4,14 +4,29 @@ They are what the simulation runs and what every exporter lowers, so both see th
 Rounding is half to even after a true division, ``round(x / scale) + zero_point``, exactly as
 ONNX QuantizeLinear defines it: ``x * (1 / scale)`` or adding the zero point before rounding
 would give other codes at ties.
+
+Quantisers whose grid isn't uniform hold their ``2**bits`` values in a table. ``step`` > 0 says
+that every value is ``step * (k - zero_point)`` with an integer ``k`` of 0 .. 255: an exporter may
+then store the ``k`` as uint8 and let the following product run on integers. With ``step`` 0 the
+values are any floats.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize", "fake_quantize", "fake_quantize_log_sqrt2", "quantize_codes"]
+__all__ = [
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_log",
+    "fake_quantize_twin",
+    "log_codes",
+    "quantize_codes",
+    "twin_codes",
+]
 
 
 def quantize_codes(x: Tensor, scale: Tensor | float, zero_point: Tensor | int, bits: int) -> Tensor:
@@ -71,26 +86,118 @@ def _(codes: Tensor, scale: Tensor, axis: int, bits: int) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-@torch.library.custom_op("deploykit::fake_quantize_log_sqrt2", mutates_args=())
-def fake_quantize_log_sqrt2(x: Tensor, scale: float, bits: int) -> Tensor:
-    """Quantise non-negative values on the grid ``scale * 2**(-code / 2)``.
+def log_codes(
+    x: Tensor, shift: Tensor | float, rate: Tensor | float, offset: Tensor | float, last: int
+) -> Tensor:
+    """``clip(round(offset - rate * log2(x + shift)), 0, last)`` as floats.
 
-    ``code = round(-2 log2(x / scale))``, clamped at 0; codes of ``2**bits - 1`` and beyond all
-    mean 0.0, so there are exactly ``2**bits`` values and zero is one of them (RepQ-ViT,
-    arXiv 2212.08254, eq. 11, with the last code given to zero).
+    Where ``x + shift`` <= 0 the logarithm is minus infinity and the code ``last``: no NaN.
 
     Args:
-        x: float32, any shape, values >= 0.
-        scale: positive; values above it saturate at it.
-        bits: 2 to 8.
+        x: float32, any shape.
+        shift, rate, offset: broadcastable to ``x``; ``rate`` > 0.
     """
-    last = 2**bits - 1
-    # log2(0) = -inf gives code +inf, which the last code takes: zero stays zero.
-    code = torch.round(torch.log2(x / scale).mul_(-2.0)).clamp_(0, last)
-    value = torch.exp2(code * -0.5).mul_(scale)
-    return torch.where(code >= last, torch.zeros_like(value), value)
+    # relu_ after the sum makes a new tensor first, so ``x`` is left alone.
+    codes = (x + shift).relu_().log2_() * -rate
+    return codes.add_(offset).round_().clamp_(0, last)
 
 
-@fake_quantize_log_sqrt2.register_fake
-def _(x: Tensor, scale: float, bits: int) -> Tensor:
+@torch.library.custom_op("deploykit::fake_quantize_log", mutates_args=())
+def fake_quantize_log(
+    x: Tensor,
+    shift: float,
+    rate: float,
+    offset: float,
+    values: Sequence[float],
+    step: float,
+    zero_point: int,
+) -> Tensor:
+    """Quantise with codes that are uniform in the logarithm of ``x + shift``.
+
+    ``code = clip(round(offset - rate * log2(x + shift)), 0, len(values) - 1)`` and the result is
+    ``values[code]``. With the base ``2**(-1 / rate)``, this is log2 (rate 1), RepQ-ViT's
+    log-sqrt2 (2), AdaLog (37 / q) and I&S-ViT's shift-uniform-log2 (any rate, a shift).
+
+    Args:
+        x: float32, any shape. Values of ``-shift`` and below get the last code.
+        shift, rate, offset: exactly representable in float32; ``rate`` > 0.
+        values: ``2**bits`` floats, exactly representable in float32, none rising.
+        step, zero_point: see the head of this module.
+
+    Returns:
+        float32 of the same shape.
+    """
+    codes = log_codes(x, shift, rate, offset, len(values) - 1)
+    return torch.tensor(values, dtype=x.dtype, device=x.device)[codes.long()]
+
+
+@fake_quantize_log.register_fake
+def _(
+    x: Tensor,
+    shift: float,
+    rate: float,
+    offset: float,
+    values: Sequence[float],
+    step: float,
+    zero_point: int,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def twin_codes(
+    x: Tensor,
+    split: Tensor | float,
+    low_step: Tensor | float,
+    high_step: Tensor | float,
+    last: int,
+) -> Tensor:
+    """Codes of two uniform grids that meet at ``split``, as floats in ``0 .. last``.
+
+    ``clip(round((x - split) / step) + (last + 1) / 2, 0, last)``, where ``step`` is ``low_step``
+    below ``split`` and ``high_step`` from it on.
+
+    Args:
+        x: float32, any shape.
+        split, low_step, high_step: broadcastable to ``x``; the steps positive.
+        last: ``2**bits - 1``.
+    """
+    steps = torch.where(x < split, low_step, high_step).to(x.dtype)
+    return ((x - split) / steps).round_().add_((last + 1) // 2).clamp_(0, last)
+
+
+@torch.library.custom_op("deploykit::fake_quantize_twin", mutates_args=())
+def fake_quantize_twin(
+    x: Tensor,
+    split: float,
+    low_step: float,
+    high_step: float,
+    values: Sequence[float],
+    step: float,
+    zero_point: int,
+) -> Tensor:
+    """Quantise on two uniform grids that meet at ``split`` (PTQ4ViT, arXiv 2111.12293, eq. 6).
+
+    Args:
+        x: float32, any shape.
+        split, low_step, high_step: of ``twin_codes``, exactly representable in float32.
+        values: ``2**bits`` floats, exactly representable in float32, none falling.
+        step, zero_point: see the head of this module.
+
+    Returns:
+        float32 of the same shape, ``values[code]``.
+    """
+    codes = twin_codes(x, split, low_step, high_step, len(values) - 1)
+    return torch.tensor(values, dtype=x.dtype, device=x.device)[codes.long()]
+
+
+@fake_quantize_twin.register_fake
+def _(
+    x: Tensor,
+    split: float,
+    low_step: float,
+    high_step: float,
+    values: Sequence[float],
+    step: float,
+    zero_point: int,
+) -> Tensor:
     return torch.empty_like(x)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
 from deploykit.types import Backbone, PassRecord
 
 __all__ = ["FLOAT", "LayerPlan", "QuantizedModel"]
 
 FLOAT = 16
+_OPS = torch.ops.deploykit
+_TABLE_QUANTIZE = (_OPS.fake_quantize_log.default, _OPS.fake_quantize_twin.default)
+_FAKE_QUANTIZE = (_OPS.fake_quantize.default, *_TABLE_QUANTIZE)
 
 
 @dataclass(frozen=True)
@@ -90,27 +95,43 @@ class QuantizedModel:
         weight_only = [p for p in layers if p.weight_bits != FLOAT and p.input_bits == FLOAT]
         matmuls = [p for p in self.plans if p.weight_bits is None and p.input_bits != FLOAT]
         narrow = [p for p in integer if min(p.weight_bits or 8, p.input_bits) < 8]
-        logs = sum(
-            1
-            for node in self.graph_module.graph.nodes
-            if is_op(node, torch.ops.deploykit.fake_quantize_log_sqrt2.default)
-        )
+        tables = [node for node in self.graph_module.graph.nodes if is_op(node, *_TABLE_QUANTIZE)]
+        # Argument 5 is the step of the 8-bit grid the values lie on, 0.0 if they are any floats.
+        on_bytes = [node for node in tables if node.args[5] > 0]
+        as_floats = [node for node in tables if node.args[5] == 0]
+        readers = {user for node in as_floats for user in node.users}
+        float_layers = sum(_second_is(user, _OPS.dequantize.default) for user in readers)
+        float_matmuls = sum(_second_is(user, *_FAKE_QUANTIZE) for user in readers)
         found: dict[str, list[str]] = {"integer": [], "wider": [], "simulated": []}
-        if integer:
+        if len(integer) > float_layers:
             found["integer"].append(
-                f"{len(integer)} of {len(layers)} layers have integer weights and inputs"
+                f"{len(integer) - float_layers} of {len(layers)} layers have integer weights "
+                "and inputs"
             )
-        if len(matmuls) > logs:
-            found["integer"].append(f"{len(matmuls) - logs} attention matmuls have integer inputs")
+        if len(matmuls) > float_matmuls:
+            count = len(matmuls) - float_matmuls
+            found["integer"].append(f"{count} attention matmuls have integer inputs")
         if narrow:
             text = f"codes below 8 bits of {len(narrow)} layers are carried in 8-bit kernels"
+            found["wider"].append(text)
+        if on_bytes:
+            text = (
+                f"codes of {len(on_bytes)} activations without equal steps become 8-bit integers "
+                "by a table"
+            )
             found["wider"].append(text)
         if weight_only:
             text = f"weights of {len(weight_only)} layers are dequantised to float when computed"
             found["wider"].append(text)
-        if logs:
+        if as_floats:
             text = (
-                f"{logs} log-quantised softmax outputs: the codes' values are multiplied as floats"
+                f"codes of {len(as_floats)} activations without equal steps: "
+                "their values are multiplied as floats"
             )
             found["simulated"].append(text)
         return found
+
+
+def _second_is(node: fx.Node, *targets: Callable[..., object]) -> bool:
+    """Whether a product's second factor is a weight's, or another activation's, operator."""
+    return len(node.args) > 1 and is_op(node.args[1], *targets)

@@ -78,7 +78,7 @@ def evaluate_gates(
         max_latency_ratio=max_latency_ratio,
     )
     measured = _measured_on(report, target)
-    gates = [_parity(report)] if report.parity else []
+    gates = [_parity(report)] if report.own_parity else []
     if max_drop is not None:
         gates.append(_drop(report, max_drop))
     if max_latency_ms is not None:
@@ -148,7 +148,7 @@ def _cannot(name: str, limit: float, reason: str, error: ExitCode = ExitCode.USA
 
 
 def _parity(report: Report) -> GateResult:
-    missed = [row for row in report.parity if not row.passed]
+    missed = [row for row in report.own_parity if not row.passed]
     if missed:
         reason = "; ".join(
             f"{row.artifact} differs from {row.reference} on {row.runtime}, batch {row.batch}: "
@@ -157,7 +157,7 @@ def _parity(report: Report) -> GateResult:
             for row in missed
         )
     else:
-        reason = f"all {len(report.parity)} comparisons within their tolerance"
+        reason = f"all {len(report.own_parity)} comparisons within their tolerance"
     return _gate("parity", 0, len(missed), ExitCode.PARITY, clean(reason))
 
 

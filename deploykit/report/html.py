@@ -11,7 +11,7 @@ from deploykit._recipe_yaml import dump_yaml
 from deploykit.report import plots, view, wording
 from deploykit.report.model import Report
 
-__all__ = ["render_html"]
+__all__ = ["page_template", "render_html"]
 
 VERDICTS = {
     "ok": "OK",
@@ -24,7 +24,7 @@ VERDICTS = {
 def render_html(report: Report) -> str:
     """One self-contained page; every text in it is escaped."""
     pictures = [plots.drop_plot(report), plots.size_plot(report), *plots.latency_plots(report)]
-    return _template().render(
+    return page_template("report.html.j2").render(
         report=report,
         verdict=VERDICTS[report.verdict],
         mood=view.mood(report),
@@ -54,7 +54,8 @@ def _without_control(value: object) -> object:
 
 
 @cache
-def _template() -> Template:
+def page_template(name: str) -> Template:
+    """A page of this folder: everything put into it is escaped, names that are missing raise."""
     environment = Environment(
         loader=PackageLoader("deploykit.report", ""),
         autoescape=True,
@@ -63,4 +64,4 @@ def _template() -> Template:
         lstrip_blocks=True,
         finalize=_without_control,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)

@@ -27,7 +27,17 @@ from deploykit.types import (
     WeightsOrigin,
 )
 
-__all__ = ["LayerError", "Report", "json_schema", "load_report"]
+__all__ = [
+    "OWN_ARTIFACTS",
+    "LayerError",
+    "Report",
+    "json_schema",
+    "load_report",
+    "without_nonfinite",
+]
+
+OWN_ARTIFACTS = ("original", "compressed")
+"""The files a run answers for; any other is there to be compared with."""
 
 _MAX_BYTES = 64_000_000
 
@@ -80,6 +90,17 @@ class Report(Data):
         """The file that ships."""
         return self._artifact("compressed")
 
+    @property
+    def own_parity(self) -> list[ParityRow]:
+        """Parity of the files the run answers for."""
+        return [row for row in self.parity if row.artifact in OWN_ARTIFACTS]
+
+    @property
+    def simulated(self) -> bool:
+        """The compressed file was lowered from a graph that torch can run."""
+        compressed = self.find_artifact("compressed")
+        return compressed is None or not compressed.algorithm.startswith("nncf")
+
     def find_artifact(self, name: str) -> Artifact | None:
         """The artefact of that name, if this run got as far as writing it."""
         return next((a for a in self.artifacts if a.name == name), None)
@@ -128,7 +149,7 @@ class Report(Data):
 
     def to_json(self) -> str:
         """The text of report.json: strict JSON, a non-finite number as "NaN" or "Infinity"."""
-        data = _without_nonfinite(self.model_dump(mode="json"))
+        data = without_nonfinite(self.model_dump(mode="json"))
         text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
         # Hundreds of samples, one a line, would make the file unreadable. No text holds a raw
         # newline in JSON, so only lists of numbers match.
@@ -194,11 +215,12 @@ class _SchemaWriter(GenerateJsonSchema):
         return {"anyOf": [number, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
 
 
-def _without_nonfinite(value: Any) -> Any:
+def without_nonfinite(value: Any) -> Any:
+    """Plain data with the numbers that JSON lacks as texts."""
     if isinstance(value, dict):
-        return {key: _without_nonfinite(inner) for key, inner in value.items()}
+        return {key: without_nonfinite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_nonfinite(inner) for inner in value]
+        return [without_nonfinite(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

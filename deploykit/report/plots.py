@@ -24,31 +24,43 @@ from deploykit.report.model import Report
 from deploykit.report.view import worst_layers
 from deploykit.types import Measurement
 
-__all__ = ["Plot", "drop_plot", "latency_plots", "layer_plot", "size_plot"]
+__all__ = [
+    "AFTER",
+    "BAD",
+    "BEFORE",
+    "INK",
+    "SOFT",
+    "Plot",
+    "draw",
+    "drop_plot",
+    "latency_plots",
+    "layer_plot",
+    "size_plot",
+]
 
 # Stand-in colour: CSS variable. Odd values, so that no other colour is taken for one.
-_INK, _SOFT, _BEFORE, _AFTER, _BAD = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
+INK, SOFT, BEFORE, AFTER, BAD = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 _VARIABLES = {
-    _INK: "var(--ink)",
-    _SOFT: "var(--line)",
-    _BEFORE: "var(--before)",
-    _AFTER: "var(--after)",
-    _BAD: "var(--bad)",
+    INK: "var(--ink)",
+    SOFT: "var(--line)",
+    BEFORE: "var(--before)",
+    AFTER: "var(--after)",
+    BAD: "var(--bad)",
 }
 _STYLE = {
     "font.family": "DejaVu Sans",  # always there: the same widths on every machine
     "font.size": 9,
     "svg.fonttype": "none",
     "text.parse_math": False,  # a layer's name with $ is a name, not a formula
-    "axes.edgecolor": _SOFT,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "grid.color": _SOFT,
+    "grid.color": SOFT,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
@@ -76,7 +88,7 @@ def latency_plots(report: Report) -> list[Plot]:
                 f"Every timed call on {wording.clean(target)}: dashed lines are the medians, "
                 "the slowest 1 % stand in the last bar"
             )
-            result.append(_plot(f"latency{number}", caption, 2.4, _latency_painter(pair)))
+            result.append(draw(f"latency{number}", caption, 2.4, _latency_painter(pair)))
     return result
 
 
@@ -89,7 +101,7 @@ def size_plot(report: Report) -> Plot | None:
     def paint(axes: Axes) -> None:
         names = [f"{wording.shorten(wording.clean(a.name), 16)}\n{a.precision}" for a in artifacts]
         sizes = [a.bytes / 1e6 for a in artifacts]
-        colours = [_BEFORE if a.name == "original" else _AFTER for a in artifacts]
+        colours = [BEFORE if a.name == "original" else AFTER for a in artifacts]
         bars = axes.barh(range(len(names)), sizes, color=colours, height=0.6)
         axes.set_yticks(range(len(names)), names)
         axes.bar_label(bars, [wording.bytes_text(a.bytes) for a in artifacts], padding=4)
@@ -98,7 +110,7 @@ def size_plot(report: Report) -> Plot | None:
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
 
-    return _plot("size", "Size of the files", 0.7 + 0.5 * len(artifacts), paint)
+    return draw("size", "Size of the files", 0.7 + 0.5 * len(artifacts), paint)
 
 
 def layer_plot(report: Report) -> Plot | None:
@@ -110,7 +122,7 @@ def layer_plot(report: Report) -> Plot | None:
 
     def paint(axes: Axes) -> None:
         values = [layer.sqnr_db for layer in finite]
-        colours = [_BAD if id(layer) in worst else _AFTER for layer in finite]
+        colours = [BAD if id(layer) in worst else AFTER for layer in finite]
         axes.bar(range(1, len(finite) + 1), values, color=colours, width=0.8)
         axes.set_xlabel("layers, in network order")
         axes.set_ylabel("SQNR, dB")
@@ -119,7 +131,7 @@ def layer_plot(report: Report) -> Plot | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     caption = "Signal to quantisation noise by layer: low bars lose most, the five worst in red"
-    return _plot("layers", caption, 2.2, paint)
+    return draw("layers", caption, 2.2, paint)
 
 
 def drop_plot(report: Report) -> Plot | None:
@@ -131,16 +143,16 @@ def drop_plot(report: Report) -> Plot | None:
 
     def paint(axes: Axes) -> None:
         low, high = accuracy.drop - accuracy.drop_low, accuracy.drop_high - accuracy.drop
-        axes.axvline(0, color=_BEFORE, linewidth=1.2)
-        axes.annotate("no change", (0, 0.72), color=_INK, ha="left", xytext=(4, 0),
+        axes.axvline(0, color=BEFORE, linewidth=1.2)
+        axes.annotate("no change", (0, 0.72), color=INK, ha="left", xytext=(4, 0),
                       textcoords="offset points")  # fmt: skip
         axes.errorbar(
             [-accuracy.drop], [0], xerr=[[max(high, 0)], [max(low, 0)]],
-            fmt="o", color=_AFTER, capsize=5, linewidth=2, markersize=8,
+            fmt="o", color=AFTER, capsize=5, linewidth=2, markersize=8,
         )  # fmt: skip
         if gate is not None:
-            axes.axvline(-gate, color=_BAD, linewidth=1.2, linestyle="--")
-            axes.annotate("limit", (-gate, 0.72), color=_BAD, ha="left", xytext=(4, 0),
+            axes.axvline(-gate, color=BAD, linewidth=1.2, linestyle="--")
+            axes.annotate("limit", (-gate, 0.72), color=BAD, ha="left", xytext=(4, 0),
                           textcoords="offset points")  # fmt: skip
         axes.set_ylim(-1, 1)
         axes.set_yticks([])
@@ -148,7 +160,7 @@ def drop_plot(report: Report) -> Plot | None:
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("change of top-1, percentage points")
 
-    return _plot("drop", "Change of top-1 accuracy, with its 95 % interval", 1.5, paint)
+    return draw("drop", "Change of top-1 accuracy, with its 95 % interval", 1.5, paint)
 
 
 def _latency_painter(pair: list[Measurement]) -> Callable[[Axes], None]:
@@ -159,7 +171,7 @@ def _latency_painter(pair: list[Measurement]) -> Callable[[Axes], None]:
         high = max(float(np.percentile(s, 99)) for s in samples)
         bins = np.linspace(low, high if high > low else low + 1e-3, 61)
         for measurement, values in zip(pair, samples, strict=True):
-            colour = _BEFORE if measurement.artifact == "original" else _AFTER
+            colour = BEFORE if measurement.artifact == "original" else AFTER
             label = wording.clean(f"{measurement.artifact}, {measurement.precision}")
             inside = np.clip(values, bins[0], bins[-1])
             weights = np.full(len(values), 100 / len(values))
@@ -175,7 +187,7 @@ def _latency_painter(pair: list[Measurement]) -> Callable[[Axes], None]:
     return paint
 
 
-def _plot(key: str, caption: str, height: float, paint: Callable[[Axes], None]) -> Plot:
+def draw(key: str, caption: str, height: float, paint: Callable[[Axes], None]) -> Plot:
     """Draw one picture; ``key`` keeps its ids apart from those of the others on the page."""
     stream = io.StringIO()
     style: Any = _STYLE | {"svg.hashsalt": key}  # the stub wants literal keys

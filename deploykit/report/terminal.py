@@ -45,7 +45,8 @@ def render_terminal(report: Report, console: Console, out_dir: Path | str | None
     for warning in report.warnings:
         _line(console, f"Warning: {warning}", "yellow")
     for artifact in report.artifacts:
-        _line(console, f"{artifact.name}: {artifact.path}")
+        made_by = f" ({artifact.algorithm})" if artifact.algorithm else ""
+        _line(console, f"{artifact.name}{made_by}: {artifact.path}")
     if out_dir is not None:
         _line(console, f"report: {Path(out_dir) / 'report.html'}")
 
@@ -71,11 +72,12 @@ def _table(report: Report, console: Console) -> Table:
 
 
 def _parity(report: Report) -> tuple[str, str]:
-    if not report.parity:
+    if not report.own_parity:
         return "Parity: not checked", "yellow"
-    missed = [row for row in report.parity if not row.passed]
-    agree = min(row.top1_agreement for row in report.parity)
-    count = len(report.parity)
+    rows = report.own_parity
+    missed = [row for row in rows if not row.passed]
+    agree = min(row.top1_agreement for row in rows)
+    count = len(rows)
     text = (
         f"Parity: {count - len(missed)} of {count} within tolerance, "
         f"top-1 agreement {wording.percent(agree)} or better"

@@ -30,6 +30,7 @@ class Row:
 
     artifact: str
     precision: str
+    algorithm: str
     target: str
     top1: str
     size: str
@@ -80,6 +81,7 @@ def rows(report: Report) -> list[Row]:
                     precision=wording.clean(
                         measurement.precision if measurement else artifact.precision
                     ),
+                    algorithm=wording.clean(artifact.algorithm),
                     target=wording.clean(target),
                     top1=accuracy_text(report, artifact.name),
                     size=wording.bytes_text(artifact.bytes),
@@ -114,9 +116,9 @@ def cards(report: Report) -> list[Card]:
     if compressed is not None:
         result.append(_size_card(compressed, report.find_artifact("original")))
     result += [_latency_card(report, m) for m in timed[:2]]
-    if report.parity:
-        missed = sum(not row.passed for row in report.parity)
-        count = len(report.parity)
+    if report.own_parity:
+        missed = sum(not row.passed for row in report.own_parity)
+        count = len(report.own_parity)
         result.append(
             Card(
                 "Parity of the file",

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from deploykit.graph.edit import add_tensor, clean, constant, is_op, layer_name
+from deploykit.quant.folds.layers import CONV_OPS, freeze_parameters
 
 __all__ = ["FoldReport", "fold_batch_norm"]
 
 aten = torch.ops.aten
 
-CONV_OPS = (
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv2d.padding,
-    aten.conv3d.default,
-)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 _LIKE = (aten.reshape_as.default, aten.view_as.default, aten.expand_as.default)
 
@@ -42,6 +37,7 @@ def fold_batch_norm(graph_module: fx.GraphModule) -> FoldReport:
     Returns:
         The number of norms folded and a reason for each that stays.
     """
+    freeze_parameters(graph_module)
     folded, kept = 0, {}
     for node in list(graph_module.graph.nodes):
         if not is_op(node, aten.batch_norm.default):

@@ -1,8 +1,8 @@
-"""RepQ's fold: per-channel scales of a norm's output become one, exactly in float.
+"""Rewrite a norm's output per channel, exactly in float: its readers take the change back.
 
-A norm's output feeding linear layers is quantised per channel for free: the norm's affine part
-and the layers' input columns absorb the difference between each channel's scale and one common
-scale (RepQ-ViT, arXiv 2212.08254, eq. 6 to 9).
+The output ``x`` becomes ``(x + shift) / ratio`` through the norm's affine part, and each layer
+that reads it multiplies its input columns by ``ratio`` and takes ``W shift`` off its bias. Which
+ratio and shift are worth having is the candidates' matter (``candidates.py``, ``smooth.py``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,30 @@ import torch
 from torch import Tensor, fx
 
 from deploykit.graph.edit import add_tensor, constant, is_op, layer_name
+from deploykit.quant.folds.candidates import Center, NormCandidate, repq_candidate
+from deploykit.quant.folds.layers import (
+    CONV_OPS,
+    absorb_input,
+    channel_axis,
+    column_absmax,
+    input_channels,
+    is_layer,
+    takes_shift,
+    weight_dtype,
+    weight_of,
+)
+from deploykit.quant.folds.trace import BlockedError, Trace, keeps_shift, readers, table
 from deploykit.quant.ranges import UniformRange
 
-__all__ = ["NormGroup", "find_norm_groups", "fold_norm"]
+__all__ = [
+    "NormCandidate",
+    "NormGroup",
+    "apply_norm_fold",
+    "consumer_absmax",
+    "find_norm_groups",
+    "fold_norm",
+    "repq_candidate",
+]
 
 aten = torch.ops.aten
 
@@ -26,110 +47,184 @@ class NormGroup:
 
     Attributes:
         norm: the norm's node.
-        consumers: all users of its output, each a linear layer or a 1x1 convolution.
+        consumers: the layers that read its output, perhaps moved or averaged on the way.
         channel_axis: of the norm's output.
         declined: why it can't be folded, or None.
+        columns: per consumer, the norm's channel at each of its input channels (I,); -1 where
+            it reads something else.
+        channels: C of the norm's output.
     """
 
     norm: fx.Node
     consumers: tuple[fx.Node, ...]
     channel_axis: int
     declined: str | None
+    columns: tuple[Tensor, ...] = ()
+    channels: int = 0
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """What each consumer reads: the norm itself, or the last of the moves between."""
+        return tuple(layer.args[0] for layer in self.consumers)  # type: ignore[misc]
 
 
-def find_norm_groups(graph_module: fx.GraphModule) -> list[NormGroup]:
-    """Every LayerNorm and GroupNorm with an affine part, foldable or with the reason why not."""
+def find_norm_groups(
+    graph_module: fx.GraphModule, *, through_moves: bool = False
+) -> list[NormGroup]:
+    """Every LayerNorm and GroupNorm, foldable or with the reason why not.
+
+    Args:
+        through_moves: follow the output through reshapes, window partitions, selected tokens
+            and means over positions to the layers behind. What such a layer reads
+            (``NormGroup.inputs``) is then another node than the norm, and takes the norm's new
+            grid.
+    """
+    trace = Trace(graph_module)
     groups = []
     for node in graph_module.graph.nodes:
         if is_op(node, aten.layer_norm.default):
-            axis, weight_at = -1, 2
+            axis = -1
         elif is_op(node, aten.group_norm.default):
-            axis, weight_at = 1, 2
+            axis = 1
         else:
             continue
-        consumers = tuple(node.users)
-        groups.append(NormGroup(node, consumers, axis, _reason(graph_module, node, weight_at)))
+        found: list[tuple[fx.Node, Tensor]] = []
+        reason = _shape_reason(graph_module, node)
+        if reason is None:
+            try:
+                found = _consumers(trace, node, axis, through_moves)
+            except BlockedError as blocked:
+                reason = str(blocked)
+        if reason is not None:
+            groups.append(NormGroup(node, tuple(readers(node)), axis, reason))
+        else:
+            layers, columns = zip(*found, strict=True)
+            channels = _channels(trace, node, axis)
+            groups.append(NormGroup(node, layers, axis, None, columns, channels))
     return groups
 
 
-def _reason(graph_module: fx.GraphModule, norm: fx.Node, weight_at: int) -> str | None:
-    if len(norm.args) <= weight_at or constant(graph_module, norm.args[weight_at]) is None:
-        return "it has no affine part"
+def _shape_reason(graph_module: fx.GraphModule, norm: fx.Node) -> str | None:
     if is_op(norm, aten.layer_norm.default) and len(norm.args[1]) != 1:  # type: ignore[arg-type]
         return "it normalises more than the channels"
-    for user in norm.users:
-        if not user.args or user.args[0] is not norm:
-            return f"{user.name} reads it other than as a layer's input"
-        weight = constant(graph_module, user.args[1]) if len(user.args) > 1 else None
-        if is_op(norm, aten.layer_norm.default):
-            if not is_op(user, aten.linear.default) or weight is None:
-                return f"{user.name} reads it and is no linear layer"
-        else:
-            if not is_op(user, aten.conv2d.default) or weight is None:
-                return f"{user.name} reads it and is no convolution"
-            padding = user.args[4] if len(user.args) > 4 else [0, 0]
-            groups = user.args[6] if len(user.args) > 6 else 1
-            if weight.shape[2:] != (1, 1) or any(padding) or groups != 1:  # type: ignore[arg-type]
-                return f"{user.name} reads it and is no plain 1x1 convolution"
+    for part in (*norm.args[2:4], norm.kwargs.get("weight"), norm.kwargs.get("bias")):
+        if part is not None and (norm.kwargs or constant(graph_module, part) is None):
+            return "its affine part is not constant"
     return None
 
 
-def fold_norm(
-    graph_module: fx.GraphModule, group: NormGroup, channels: UniformRange, bits: int
-) -> tuple[float, int]:
-    """Fold per-channel ranges of a norm's output into its affine part and its consumers.
+def _channels(trace: Trace, norm: fx.Node, axis: int) -> int:
+    if is_op(norm, aten.layer_norm.default):
+        return int(norm.args[1][0])  # type: ignore[index, arg-type]
+    weight = constant(trace.graph_module, norm.args[2]) if len(norm.args) > 2 else None
+    return trace.shape(norm)[axis] if weight is None else len(weight)
 
-    With ``r1 = s / s~`` and ``r2 = z - z~``: ``gamma~ = gamma / r1``,
-    ``beta~ = (beta + s r2) / r1``, ``W~ = W diag(r1)``, ``b~ = b - W (s r2)``.
+
+def _consumers(
+    trace: Trace, norm: fx.Node, axis: int, through_moves: bool
+) -> list[tuple[fx.Node, Tensor]]:
+    found = []
+    users = readers(norm)
+    for user in users:
+        if not through_moves and not is_op(user, aten.linear.default, *CONV_OPS):
+            raise BlockedError(f"{user.name} reads it and is no linear layer or convolution")
+        if not user.args or (is_op(user, aten.linear.default, *CONV_OPS)
+                             and user.args[0] is not norm):  # fmt: skip
+            raise BlockedError(f"{user.name} reads it other than as a layer's input")
+    if all(is_layer(trace.graph_module, user) for user in users):
+        for user in users:
+            if channel_axis(user) != axis:
+                raise BlockedError(f"{user.name} reads its channels along another axis")
+            found.append((user, torch.arange(input_channels(trace.graph_module, user))))
+    else:
+        shape = trace.shape(norm)
+        labels = torch.arange(shape[axis], dtype=torch.int32)
+        labels = labels.reshape(-1, *[1] * (len(shape) - 2)) if axis == 1 else labels
+        for layer, at_input, path in trace.layers_after(norm, labels.expand(shape)):
+            if not all(keeps_shift(node) for node in path):
+                raise BlockedError("something between it and its readers is not linear")
+            found.append((layer, table(at_input, [channel_axis(layer)]).long()))
+    for layer, _ in found:
+        if not takes_shift(layer):
+            raise BlockedError(f"{layer.name} reads it and pads zeros, which a shift can't pass")
+    if not found:
+        raise BlockedError("nothing reads it")
+    return found
+
+
+def consumer_absmax(graph_module: fx.GraphModule, group: NormGroup) -> Tensor:
+    """Largest absolute weight that reads each of the norm's channels, float64 (C,)."""
+    result = torch.zeros(group.channels, dtype=torch.float64)
+    for layer, columns in zip(group.consumers, group.columns, strict=True):
+        absmax = column_absmax(layer, weight_of(graph_module, layer))
+        ours = columns >= 0
+        result.scatter_reduce_(0, columns[ours], absmax[ours], "amax")
+    return result
+
+
+def apply_norm_fold(
+    graph_module: fx.GraphModule, group: NormGroup, ratio: Tensor, shift: Tensor
+) -> None:
+    """Let the norm give ``(x + shift) / ratio`` where it gave ``x``; the graph's result stays.
+
+    ``gamma~ = gamma / ratio``, ``beta~ = (beta + shift) / ratio``; every consumer gets
+    ``W~ = W diag(ratio)`` and ``b~ = b - W shift``. A norm without affine part is given one.
+
+    Args:
+        ratio: (C,), positive and finite.
+        shift: (C,), finite.
+
+    Raises:
+        ValueError: the group is declined, or ``ratio`` or ``shift`` is unusable; nothing is
+            changed then.
+    """
+    if group.declined is not None:
+        raise ValueError(group.declined)
+    ratio, shift = ratio.double(), shift.double()
+    if len(ratio) != group.channels or len(shift) != group.channels:
+        raise ValueError(f"{group.channels} ratios and shifts are wanted, not {len(ratio)}")
+    if not bool(((ratio > 0) & torch.isfinite(ratio) & torch.isfinite(shift)).all()):
+        raise ValueError("every ratio must be positive and finite, every shift finite")
+    norm = group.norm
+    weight, bias = (constant(graph_module, part) for part in [*norm.args[2:4], None, None][:2])
+    gamma = torch.ones_like(ratio) if weight is None else weight.double()
+    beta = torch.zeros_like(ratio) if bias is None else bias.double()
+    kind = weight_dtype(graph_module, group.consumers[0])
+    nodes = [
+        add_tensor(graph_module, f"{layer_name(norm)}.folded_{part}", value.to(kind), norm)
+        for part, value in (("weight", gamma / ratio), ("bias", (beta + shift) / ratio))
+    ]
+    norm.args = (*norm.args[:2], *nodes, *norm.args[4:])
+    for layer, columns in zip(group.consumers, group.columns, strict=True):
+        ours = columns >= 0
+        absorb_input(
+            graph_module,
+            layer,
+            torch.where(ours, ratio[columns], 1.0),
+            torch.where(ours, shift[columns], 0.0),
+            "folded",
+        )
+    graph_module.recompile()
+
+
+def fold_norm(
+    graph_module: fx.GraphModule,
+    group: NormGroup,
+    channels: UniformRange,
+    bits: int,
+    center: Center = "mean",
+) -> tuple[float, int]:
+    """Fold per-channel ranges of a norm's output into one (RepQ-ViT).
 
     Args:
         channels: per-channel scale and zero point (C,), as if quantised per channel.
         bits: width of the codes; bounds the common zero point.
+        center: see ``repq_candidate``.
 
     Returns:
-        The common scale (mean of ``s``) and zero point (rounded mean of ``z``: RepQ's own code
-        leaves it fractional, which gives ``2**bits + 1`` codes).
+        The common scale and zero point, the norm's output's grid from now on.
     """
-    if group.declined is not None:
-        raise ValueError(group.declined)
-    scale, zero_point = channels.scale.double(), channels.zero_point.double()
-    common = float(scale.mean().float())
-    common_zero = int(zero_point.mean().round().clamp(0, 2**bits - 1))
-    ratio = scale / common
-    shift = scale * (zero_point - common_zero)
-
-    norm = group.norm
-    gamma = constant(graph_module, norm.args[2])
-    beta = constant(graph_module, norm.args[3]) if len(norm.args) > 3 else None
-    assert gamma is not None
-    new_beta = ((0 if beta is None else beta.double()) + shift) / ratio
-    stem = layer_name(norm)
-    norm.args = (
-        *norm.args[:2],
-        add_tensor(graph_module, f"{stem}.repq_weight", _like(gamma.double() / ratio, gamma), norm),
-        add_tensor(graph_module, f"{stem}.repq_bias", _like(new_beta, gamma), norm),
-        *norm.args[4:],
-    )
-    for layer in group.consumers:
-        _absorb(graph_module, layer, ratio, shift)
-    return common, common_zero
-
-
-def _absorb(graph_module: fx.GraphModule, layer: fx.Node, ratio: Tensor, shift: Tensor) -> None:
-    weight = constant(graph_module, layer.args[1])
-    assert weight is not None
-    bias = constant(graph_module, layer.args[2]) if len(layer.args) > 2 else None
-    flat = weight.double().flatten(1)
-    new_bias = -(flat @ shift) if bias is None else bias.double() - flat @ shift
-    new_weight = (flat * ratio).reshape(weight.shape)
-    stem = layer_name(layer)
-    layer.args = (
-        layer.args[0],
-        add_tensor(graph_module, f"{stem}.repq_weight", _like(new_weight, weight), layer),
-        add_tensor(graph_module, f"{stem}.repq_bias", _like(new_bias, weight), layer),
-        *layer.args[3:],
-    )
-
-
-def _like(value: Tensor, reference: Tensor) -> Tensor:
-    return value.to(reference.dtype)
+    candidate = repq_candidate(channels, bits, center)
+    apply_norm_fold(graph_module, group, candidate.ratio, candidate.shift)
+    assert candidate.scale is not None and candidate.zero_point is not None
+    return candidate.scale, candidate.zero_point

@@ -16,6 +16,7 @@ __all__ = [
     "get_quantizer",
     "list_quantizers",
     "register_quantizer",
+    "require_supported",
 ]
 
 
@@ -41,9 +42,33 @@ class FittedQuantizer(Protocol):
 class ActivationQuantizer(Protocol):
     """Fits one kind of grid to a whole tensor's histogram."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
-    def fit(self, histogram: Histogram, bits: int, range_method: str) -> FittedQuantizer: ...
+    def supports(self, low: float, high: float, /) -> bool:
+        """Whether a tensor with these extremes can be quantised."""
+        ...
+
+    def fit(self, histogram: Histogram, bits: int, range_method: str) -> FittedQuantizer:
+        """Choose the parameters.
+
+        Args:
+            histogram: of a whole tensor (one row).
+            bits: 2 to 8.
+            range_method: ``minmax`` keeps all values in range; the others search.
+
+        Raises:
+            ValueError: ``supports`` says no.
+        """
+        ...
+
+
+def require_supported(quantizer: ActivationQuantizer, histogram: Histogram, takes: str) -> None:
+    """Raise ValueError, saying what the quantiser ``takes``, unless it supports the histogram."""
+    low, high = float(histogram.low[0]), float(histogram.high[0])
+    if not quantizer.supports(low, high):
+        message = f"{quantizer.name} quantises {takes}, got {low:g} to {high:g}"
+        raise ValueError(message)
 
 
 _REGISTRY: dict[str, ActivationQuantizer] = {}
@@ -58,9 +83,9 @@ class _Register:
         if self.name in _REGISTRY:
             message = f"a quantizer named {self.name!r} is registered already"
             raise ValueError(message)
-        instance = cls()
-        instance.name = self.name
-        _REGISTRY[self.name] = instance
+        named: Any = cls
+        named.name = self.name
+        _REGISTRY[self.name] = named()
         return cls
 
 

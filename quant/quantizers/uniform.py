@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
 
-from deploykit.graph.ops import fake_quantize
+from deploykit.graph.ops import fake_quantize, quantize_codes
 from deploykit.quant.observers import Histogram
 from deploykit.quant.quantizers.registry import register_quantizer
 from deploykit.quant.ranges import RangeMethod, activation_range
@@ -24,6 +24,10 @@ class UniformQuantizer:
     zero_point: int
     bits: int
 
+    def codes(self, x: Tensor) -> Tensor:
+        """The codes, float32 holding integers of ``0 .. 2**bits - 1``, in the shape of ``x``."""
+        return quantize_codes(x, self.scale, self.zero_point, self.bits)
+
     def __call__(self, x: Tensor) -> Tensor:
         return cast(Tensor, fake_quantize(x, self.scale, self.zero_point, self.bits))
 
@@ -37,11 +41,15 @@ class UniformQuantizer:
 
 @register_quantizer("uniform")
 class Uniform:
-    """Fits a uniform grid to a tensor, by min-max or by percentile search."""
+    """Fits a uniform grid to a tensor, by min-max or by percentile search; zero is kept."""
 
-    name: str
+    name: ClassVar[str]
+
+    def supports(self, _low: float, _high: float, /) -> bool:
+        return True
 
     def fit(self, histogram: Histogram, bits: int, range_method: str) -> UniformQuantizer:
+        """See ``ActivationQuantizer.fit``."""
         method = cast(RangeMethod, range_method)
         found = activation_range(histogram, bits, method)
         return UniformQuantizer(float(found.scale[0]), int(found.zero_point[0]), bits)

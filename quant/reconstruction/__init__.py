@@ -1,0 +1,1 @@
+"""Block reconstruction: learning the rounding of a unit's weights from its output."""

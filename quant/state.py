@@ -1,0 +1,166 @@
+"""What has been decided about every layer so far, and running the graph with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from deploykit.graph.edit import constant
+from deploykit.graph.quantized import FLOAT, LayerPlan
+from deploykit.quant.insert import activation_of
+from deploykit.quant.quantizers.registry import FittedQuantizer
+from deploykit.quant.units import activation_nodes
+from deploykit.quant.weights import QuantizedWeight
+
+__all__ = ["Executor", "Hook", "QuantState", "call", "with_output"]
+
+
+Hook = Callable[[fx.Node, Sequence[Any]], Any]
+"""Gives a node's value from its evaluated arguments, in place of its own operator."""
+
+
+@dataclass
+class QuantState:
+    """Decisions about a graph whose operators are still the float ones.
+
+    Attributes:
+        plans: by node name.
+        activations: quantiser of each (source node, bits) a layer reads.
+        outputs: quantiser of each convolution whose output is quantised too.
+        weights: codes by layer node name; a layer without any runs with its float weight.
+        biases: float32 (out,), by layer node name, in place of the graph's.
+        targets: the weight (of the layer's shape) that codes round, where a correction changed it.
+    """
+
+    plans: dict[str, LayerPlan]
+    activations: dict[tuple[str, int], FittedQuantizer]
+    outputs: dict[str, FittedQuantizer]
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    targets: dict[str, Tensor] = field(default_factory=dict)
+
+    def input_quantizer(self, node: fx.Node, position: int = 0) -> FittedQuantizer | None:
+        """The quantiser of a planned node's argument, None where it stays in float."""
+        bits = self.plans[node.name].input_bits
+        source = node.args[position]
+        assert isinstance(source, fx.Node)
+        return None if bits == FLOAT else self.activations[source.name, bits]
+
+    def quantized_inputs(self, node: fx.Node, args: Sequence[Any]) -> list[Any]:
+        """A planned node's arguments with its activations quantised."""
+        result = list(args)
+        for position in range(self.plans[node.name].inputs):
+            quantizer = self.input_quantizer(node, position)
+            if quantizer is not None:
+                result[position] = quantizer(result[position])
+        return result
+
+    def hooks(self, graph: fx.Graph) -> dict[str, Hook]:
+        """Everything decided, as it will run: for ``Executor.run``."""
+        hooks: dict[str, Hook] = dict.fromkeys(self.plans, self._layer)
+        nodes = {node.name: node for node in graph.nodes}
+        for name, quantizer in self.outputs.items():
+            last = activation_of(nodes[name])
+            hooks[last.name] = with_output(hooks.get(last.name), quantizer)
+        return hooks
+
+    def _layer(self, node: fx.Node, args: Sequence[Any]) -> Any:
+        result = self.quantized_inputs(node, args)
+        if node.name in self.weights:
+            result[1] = self.weights[node.name].dequantize()
+        if node.name in self.biases:
+            result[2:3] = [self.biases[node.name]]
+        return call(node, result)
+
+
+def with_output(inner: Hook | None, quantizer: Callable[[Tensor], Tensor]) -> Hook:
+    """A node's value, as ``inner`` or its own operator gives it, quantised."""
+
+    def hook(node: fx.Node, args: Sequence[Any]) -> Any:
+        return quantizer(inner(node, args) if inner else call(node, args))
+
+    return hook
+
+
+def call(node: fx.Node, args: Sequence[Any]) -> Any:
+    """The node's own operator on other arguments."""
+    assert callable(node.target)
+    return node.target(*args, **node.kwargs)
+
+
+class Executor:
+    """Runs part of a graph, with some operators replaced.
+
+    Values that depend on the batch's size alone (position tables, sizes) are worked out once a
+    size and kept.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.activations = activation_nodes(graph_module.graph)
+        self._free: dict[int, dict[fx.Node, Any]] = {}
+        self.image_shape: tuple[int, ...] = ()
+        (self.image,) = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+
+    @torch.no_grad()
+    def prepare(self, image: Tensor) -> None:
+        """Work out the size-only values for the batch size of ``image`` (N, 3, S, S)."""
+        if len(image) in self._free:
+            return
+        self.image_shape = tuple(image.shape[1:])
+        recorder = _FreeValues(self.graph_module, set(self.activations))
+        recorder.run(torch.zeros_like(image))
+        self._free[len(image)] = recorder.found
+
+    def run(
+        self,
+        nodes: Sequence[fx.Node],
+        source: fx.Node,
+        value: Tensor,
+        batch: int,
+        hooks: Mapping[str, Hook] | None = None,
+        stop: fx.Node | None = None,
+    ) -> Any:
+        """The value of the last of ``nodes`` (or of ``stop``) when ``source`` has ``value``.
+
+        Args:
+            batch: number of images; ``prepare`` was called for it.
+        """
+        hooks = hooks or {}
+        free = self._free[batch]
+        values: dict[fx.Node, Any] = {source: value}
+        last_use = {used: node for node in nodes for used in node.all_input_nodes}
+        result: Any = value
+        for node in nodes:
+            look = lambda n: values[n] if n in values else self._constant(n, free)  # noqa: E731
+            args = fx.map_arg(node.args, look)
+            hook = hooks.get(node.name)
+            result = hook(node, args) if hook else call(node, args)
+            if node is stop:
+                break
+            values[node] = result
+            for used in node.all_input_nodes:
+                if last_use[used] is node:
+                    values.pop(used, None)
+        return result
+
+    def _constant(self, node: fx.Node, free: Mapping[fx.Node, Any]) -> Any:
+        value = constant(self.graph_module, node)
+        return free[node] if value is None else value
+
+
+class _FreeValues(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, activations: set[fx.Node]) -> None:
+        super().__init__(module)
+        self.activations = activations
+        self.found: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_function" and n not in self.activations:
+            self.found[n] = result
+        return result

@@ -1,0 +1,120 @@
+"""Cutting a captured graph into units: runs of operators joined by a single tensor.
+
+A unit is what block reconstruction works on. It is found from the graph alone: wherever exactly
+one activation is alive, the graph can be cut (every residual network has such places between its
+blocks), and neighbouring pieces of one numbered module (``blocks.3``) are joined again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from deploykit.graph.edit import is_op, layer_name
+
+__all__ = ["Unit", "activation_nodes", "split_units"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive operators with one input tensor and one output tensor.
+
+    Attributes:
+        name: dotted name of the module its layers share.
+        nodes: in order; the last one is the output.
+        source: the node whose value is the input.
+        layers: names of its planned nodes, in order.
+    """
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+    source: fx.Node
+    layers: tuple[str, ...]
+
+    @property
+    def output(self) -> fx.Node:
+        return self.nodes[-1]
+
+
+def activation_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Operators whose value depends on the image itself, not only on its size."""
+    dependent: set[fx.Node] = {node for node in graph.nodes if node.op == "placeholder"}
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_function" or is_op(node, aten.sym_size.int):
+            continue
+        if any(source in dependent for source in node.all_input_nodes):
+            dependent.add(node)
+            found.append(node)
+    return found
+
+
+def split_units(graph: fx.Graph, planned: Container[str]) -> list[Unit]:
+    """The graph as a chain of units, each holding at least one planned layer.
+
+    Args:
+        planned: names of the nodes that are quantised.
+    """
+    (image,) = [node for node in graph.nodes if node.op == "placeholder"]
+    pieces = _pieces(image, activation_nodes(graph))
+    groups: list[list[fx.Node]] = []
+    names: list[str | None] = []
+    for piece in pieces:
+        name = _block_name([node for node in piece if node.name in planned])
+        joins = groups and (name is None or names[-1] is None or name == names[-1])
+        if joins:
+            groups[-1] += piece
+            names[-1] = names[-1] or name
+        else:
+            groups.append(list(piece))
+            names.append(name)
+    units, source = [], image
+    for nodes, name in zip(groups, names, strict=True):
+        layers = tuple(node.name for node in nodes if node.name in planned)
+        units.append(Unit(name or nodes[-1].name, tuple(nodes), source, layers))
+        source = nodes[-1]
+    return units
+
+
+def _pieces(image: fx.Node, nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """Cut after every operator that leaves one tensor alive, itself."""
+    inside = set(nodes)
+    waiting = {node: sum(user in inside for user in node.users) for node in [image, *nodes]}
+    alive = {image}
+    pieces: list[list[fx.Node]] = [[]]
+    for node in nodes:
+        pieces[-1].append(node)
+        for source in node.all_input_nodes:
+            if source in waiting:
+                waiting[source] -= 1
+                if waiting[source] == 0:
+                    alive.discard(source)
+        alive.add(node)
+        if alive == {node} and not _gives_a_tuple(node):
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def _gives_a_tuple(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (tuple, list))
+
+
+def _block_name(layers: Sequence[fx.Node]) -> str | None:
+    """The longest module path that ends in a number and holds all the layers."""
+    if not layers:
+        return None
+    paths = [layer_name(node).split(".") for node in layers]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    numbered = [i for i, part in enumerate(common) if part.isdigit()]
+    if len(paths) == 1 and numbered and numbered[-1] == len(common) - 1:
+        numbered.pop()  # a lone layer that is itself an entry of a list: look for its block
+    return ".".join(common[: numbered[-1] + 1]) if numbered else ".".join(common) or None

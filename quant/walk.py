@@ -1,0 +1,215 @@
+"""Unit by unit through the network: round, reconstruct, go on with what really comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from deploykit.graph.quantized import FLOAT
+from deploykit.quant.cache import TensorCache
+from deploykit.quant.options import QuantizeOptions
+from deploykit.quant.quantizers.uniform import UniformQuantizer
+from deploykit.quant.reconstruction.losses import (
+    FisherLoss,
+    OutputLoss,
+    PlainLoss,
+    WeightedLoss,
+    importance,
+    output_gradient,
+    perturbation_hessian,
+)
+from deploykit.quant.reconstruction.unit import ReconstructionOptions, reconstruct_unit
+from deploykit.quant.rounding.layer import RoundingOptions, UnitData, round_unit
+from deploykit.quant.state import Executor, Hook, QuantState
+from deploykit.quant.units import Unit, split_units
+from deploykit.quant.weights import QuantizedWeight
+from deploykit.types import PassRecord
+
+if TYPE_CHECKING:
+    from deploykit.quant.quantize import Steps
+
+__all__ = ["walk_units"]
+
+FISHER_RANK = {2: 15, 3: 15}  # by weight bits; FIMA-Q's values
+FISHER_RANK_ELSE = 5
+
+
+def walk_units(
+    graph_module: fx.GraphModule,
+    state: QuantState,
+    options: QuantizeOptions,
+    batches: Callable[[], Iterable[Tensor]],
+    steps: Steps,
+    cache: TensorCache | None,
+) -> list[PassRecord]:
+    """Choose every weight's codes and every bias, in the order the layers run, into ``state``.
+
+    Memory: the inputs of one unit for all ``rounding_images``, twice (three times while it is
+    reconstructed), a layer's second moments, and a batch's activations.
+    """
+    executor = Executor(graph_module)
+    units = split_units(graph_module.graph, state.plans)
+    images = _take(batches(), options.rounding_images)
+    for batch in images:
+        executor.prepare(batch)
+    counts = [len(batch) for batch in images]
+    data = UnitData(images, images, counts)
+    layers = sum(len(unit.layers) for unit in units)
+    learnt = options.reconstruction != "none"
+    per_unit = options.reconstruction_iterations if learnt else 0
+    title = "reconstruct" if learnt else f"round ({options.rounding})"
+    logits = _logits(executor, images) if options.reconstruction in ("aphq", "fima") else []
+    with steps(title, total=layers + per_unit * len(units)) as advance:
+        for index, unit in enumerate(units):
+            floats = _outputs(executor, unit, data.float_inputs, counts)
+            name = f"unit-{index:03d}"
+            kept = cache.tensors(name) if cache else None
+            if kept is not None:
+                _restore(state, unit, kept)
+                advance(len(unit.layers) + per_unit)
+            else:
+                rounding = RoundingOptions(
+                    options.rounding, options.weight_range, options.bias_correction
+                )
+                round_unit(executor, state, unit, data, rounding)
+                advance(len(unit.layers))
+                if learnt:
+                    rest = [node for later in units[index + 1 :] for node in later.nodes]
+                    loss = _loss(executor, unit, rest, floats, logits, options)
+                    reconstruct_unit(
+                        executor, state, unit, data, floats, loss, _learning(options), advance
+                    )
+                if cache:
+                    cache.keep(name, _kept(state, unit))
+            hooks = state.hooks(graph_module.graph)
+            quantized = _outputs(executor, unit, data.quantized_inputs, counts, hooks)
+            data = UnitData(floats, quantized, counts)
+    summary = f"{len(state.weights)} weights rounded by {options.rounding} on {sum(counts)} images"
+    if learnt:
+        summary += (
+            f"; {len(units)} units reconstructed, {options.reconstruction} loss, "
+            f"{per_unit} steps each"
+        )
+    details = {"units": [unit.name for unit in units], "biases_corrected": len(state.biases)}
+    return [PassRecord(name="round", summary=summary, details=details)]
+
+
+def _take(batches: Iterable[Tensor], count: int) -> list[Tensor]:
+    taken: list[Tensor] = []
+    for batch in batches:
+        left = count - sum(len(part) for part in taken)
+        if left <= 0:
+            break
+        taken.append(batch[:left])
+    return taken
+
+
+@torch.no_grad()
+def _outputs(
+    executor: Executor,
+    unit: Unit,
+    inputs: Sequence[Tensor],
+    counts: Sequence[int],
+    hooks: Mapping[str, Hook] | None = None,
+) -> list[Tensor]:
+    return [
+        executor.run(unit.nodes, unit.source, x, count, hooks)
+        for x, count in zip(inputs, counts, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _logits(executor: Executor, images: Sequence[Tensor]) -> list[Tensor]:
+    run, nodes = executor.run, executor.activations
+    return [run(nodes, executor.image, batch, len(batch)) for batch in images]
+
+
+def _learning(options: QuantizeOptions) -> ReconstructionOptions:
+    assert options.reconstruction != "none"
+    return ReconstructionOptions(
+        loss=options.reconstruction,
+        iterations=options.reconstruction_iterations,
+        seed=options.seed,
+    )
+
+
+def _loss(
+    executor: Executor,
+    unit: Unit,
+    rest: Sequence[fx.Node],
+    outputs: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    options: QuantizeOptions,
+) -> OutputLoss:
+    """The loss of a unit; ``rest`` are the operators after it."""
+    if options.reconstruction == "plain" or not rest:
+        return PlainLoss()
+
+    def suffix(output: Tensor) -> Tensor:
+        executor.prepare(torch.empty(len(output), *executor.image_shape))
+        result: Tensor = executor.run(rest, unit.output, output, len(output))
+        return result
+
+    if options.reconstruction == "aphq":
+        total = sum(
+            perturbation_hessian(suffix, output, wanted) * len(output)
+            for output, wanted in zip(outputs, logits, strict=True)
+        )
+        assert isinstance(total, Tensor)
+        return WeightedLoss(importance(total / sum(len(output) for output in outputs)))
+
+    def gradient(output: Tensor, wanted: Tensor) -> Tensor:
+        with torch.no_grad():
+            goal = suffix(wanted)
+        return output_gradient(suffix, output, goal).abs().mean(0)
+
+    rank = FISHER_RANK.get(options.weight_bits, FISHER_RANK_ELSE)
+    return FisherLoss(gradient, rank, max(options.reconstruction_iterations // rank, 1))
+
+
+def _kept(state: QuantState, unit: Unit) -> dict[str, Tensor]:
+    """A finished unit's decisions as tensors."""
+    tensors = {}
+    for name in unit.layers:
+        if name in state.weights:
+            tensors[f"codes|{name}"] = state.weights[name].codes
+            tensors[f"scale|{name}"] = state.weights[name].scale
+        if name in state.biases:
+            tensors[f"bias|{name}"] = state.biases[name]
+    for key in _keys(state, unit):
+        quantizer = state.activations[key]
+        if isinstance(quantizer, UniformQuantizer):
+            scale = torch.tensor(quantizer.scale, dtype=torch.float64)
+            tensors[f"activation|{key[0]}|{key[1]}"] = scale
+    return tensors
+
+
+def _restore(state: QuantState, unit: Unit, tensors: dict[str, Tensor]) -> None:
+    for name in unit.layers:
+        bits = state.plans[name].weight_bits
+        if f"codes|{name}" in tensors and bits is not None:
+            state.weights[name] = QuantizedWeight(
+                tensors[f"codes|{name}"], tensors[f"scale|{name}"], bits
+            )
+        if f"bias|{name}" in tensors:
+            state.biases[name] = tensors[f"bias|{name}"]
+    for key in _keys(state, unit):
+        quantizer = state.activations[key]
+        scale = tensors.get(f"activation|{key[0]}|{key[1]}")
+        if scale is not None and isinstance(quantizer, UniformQuantizer):
+            state.activations[key] = replace(quantizer, scale=float(scale))
+
+
+def _keys(state: QuantState, unit: Unit) -> list[tuple[str, int]]:
+    nodes = {node.name: node for node in unit.nodes}
+    keys = {}
+    for name in unit.layers:
+        plan = state.plans[name]
+        if plan.input_bits != FLOAT:
+            for source in nodes[name].args[: plan.inputs]:
+                keys[source.name, plan.input_bits] = None  # type: ignore[union-attr]
+    return list(keys)
