@@ -6,6 +6,7 @@ measured is the file, run by ONNX Runtime; nothing here is a simulation.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def quantized_file(
     floats, prepared, out = (folder / f"{name}.onnx" for name in ("float", "prepared", "int8"))
     export_onnx(captured.graph_module, backbone, floats, dynamic_batch=captured.dynamic_batch)
     method, operators = VARIANTS[variant]
+    logging.disable(logging.WARNING)  # a line for each LayerNorm weight, which has no channel axis
     watch.start()
     quant_pre_process(str(floats), str(prepared), skip_symbolic_shape=True)
     quantize_static(
@@ -73,6 +75,7 @@ def quantized_file(
         op_types_to_quantize=operators,
     )
     watch.stop()
+    logging.disable(logging.NOTSET)
     return out
 
 

@@ -8,8 +8,8 @@
 
 FOLDER is that of ``benchmarks/accuracy.py vit``. Each width runs in a fresh process, which gives
 calibration seconds, peak memory, and top-1 on all validation images paired with the float
-model's. Writes ``benchmarks/results/peers.json`` and ``.md``; a peer's new rows replace its old
-ones. Results of RepQ-ViT and AdaLog are simulations: floats that only take quantised values.
+model's. Writes ``benchmarks/results/peers.json`` and ``.md`` after each. Results of RepQ-ViT and
+AdaLog are simulations: floats that only take quantised values.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"{first['top1_original']:.2f} % of {first['images']} images; "
             f"{entry['environment']['cpu']}, {entry['threads']} threads, torch "
             f"{packages['torch']}, onnxruntime {packages['onnxruntime']}. "
-            + "; ".join(first.get("notes", ()))
+            + "; ".join(dict.fromkeys(note for r in entry["rows"] for note in r.get("notes", ())))
         )
     lines += ["", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
@@ -221,6 +221,7 @@ def estimate(variants: list[str]) -> None:
     """Print what a whole AdaLog calibration would take, from its first block."""
     for variant in variants:
         row = child(variant, None)
+        del row["environment"]
         seconds = row["layer_seconds"]
         block = sum(s for name, s in seconds.items() if name.startswith("blocks.0."))
         print(json.dumps(row, indent=2))
@@ -253,11 +254,19 @@ def main() -> None:
 
 
 def save(args: argparse.Namespace, entry: dict[str, Any]) -> None:
-    """Put one peer's rows in place of its old ones; after each row, for the next may take hours."""
+    """Write the results; after each row, for the next may take hours.
+
+    Rows of other variants stay if they were made on the same machine from the same code.
+    """
     args.results.mkdir(parents=True, exist_ok=True)
     file = args.results / "peers.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    results[args.peer] = entry
+    old = results.get(args.peer, {})
+    kept = []
+    if all(old.get(key) == value for key, value in entry.items() if key != "rows"):
+        done = {row["variant"] for row in entry["rows"]}
+        kept = [row for row in old["rows"] if row["variant"] not in done]
+    results[args.peer] = entry | {"rows": [*kept, *entry["rows"]]}
     file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (args.results / "peers.md").write_text(markdown(results), encoding="utf-8")
 

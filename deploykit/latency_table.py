@@ -14,13 +14,13 @@ from deploykit.export.onnx import onnx_bytes
 from deploykit.fsio import atomic_write_bytes
 from deploykit.graph.capture import CapturedModel
 from deploykit.images import Images
-from deploykit.pipeline import quantize_options
 from deploykit.progress import Reporter
 from deploykit.quant.plan import plan_layers
 from deploykit.quant.quantize import quantize
 from deploykit.quant.sensitivity import FLOAT_BITS
+from deploykit.quantize_options import quantize_options
 from deploykit.recipe import Recipe
-from deploykit.targets.profile_onnxruntime import layer_times
+from deploykit.targets.profiler import layer_times
 
 __all__ = ["LatencyTable", "dump_latency_table", "load_latency_table", "measure_latency_table"]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from deploykit.backbones.build import build_backbone
 from deploykit.backbones.inspection import count_macs
@@ -24,9 +27,12 @@ from deploykit.progress import Reporter
 from deploykit.prune.semi_structured import sparsify_2_4
 from deploykit.quant.cache import TensorCache
 from deploykit.quant.nncf_algorithm import has_attention, import_nncf, nncf_onnx
-from deploykit.quant.options import PRESETS, QuantizeOptions
+from deploykit.quant.options import PresetName
+from deploykit.quant.presets import DEFAULT_BUDGET_S, choose_preset, seconds_per_image
 from deploykit.quant.quantize import quantize
-from deploykit.recipe import QuantizeSection, Recipe
+from deploykit.quant.research_integer import replace_with_integer_ops
+from deploykit.quantize_options import quantize_options
+from deploykit.recipe import Recipe
 from deploykit.recipe_io import dump_recipe
 from deploykit.report.model import OWN_ARTIFACTS, LayerError, Report
 from deploykit.report.write import write_report
@@ -165,14 +171,35 @@ class _Job:
             return None
         images = self.inputs.calibration
         size = self.recipe.calibration.batch_size
-        return quantize(
+        preset, reason = self.preset
+        self.reporter.note(f"preset: {preset} ({reason})")
+        made = quantize(
             self.source,
-            quantize_options(self.recipe.quantize, self.recipe.seed),
+            quantize_options(self.recipe.quantize, self.recipe.seed, preset),
             lambda: images.batches(size),
             images=images.count,
             steps=self.reporter.step,
             cache=TensorCache(self.workspace.work, self.workspace.write),
         )
+        record = PassRecord(name="preset", summary=f"{preset}: {reason}", details={})
+        return replace(made, records=(record, *made.records))
+
+    @cached_property
+    def preset(self) -> tuple[PresetName, str]:
+        """The preset's name, and why it is that one; the same when a run is resumed."""
+        section, images = self.recipe.quantize, self.inputs.calibration
+        if section.preset is not None:
+            return section.preset, "as asked"
+        budget = section.time_budget_s or DEFAULT_BUDGET_S
+
+        def choose() -> list[str]:
+            batch = next(iter(images.batches(self.recipe.calibration.batch_size)))
+            forward = seconds_per_image(self.source, batch)
+            choice = choose_preset(*section.widths, forward, images.count, budget)
+            return [choice.name, choice.reason]
+
+        name, reason = self.workspace.cached("preset", choose)
+        return name, reason
 
     @cached_property
     def metadata(self) -> dict[str, str]:
@@ -268,6 +295,19 @@ class _Job:
         weights = self.backbone.weights.label
         return Artifact(name=name, format="onnx", path=path, weights=weights, **facts)
 
+    def _research(self) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
+        bits, quantized = self.recipe.evaluation.research_integer_ops, self.quantized
+        if bits is None or quantized is None:
+            return {}
+        images, size = self.inputs.calibration, self.recipe.calibration.batch_size
+
+        def make() -> Callable[[Tensor], Tensor]:
+            graph_module = copy.deepcopy(quantized.graph_module)
+            replace_with_integer_ops(graph_module, lambda: images.batches(size), bits)
+            return graph_module
+
+        return {f"simulation, {bits}-bit integer softmax, GELU and LayerNorm": make}
+
     def report(self, command: str, started: str, clock: float, notes: list[str]) -> Report:
         recipe, quantized = self.recipe, self.quantized
         artifacts, records, remarks = self.made
@@ -277,7 +317,7 @@ class _Job:
         )  # fmt: skip
         accuracy = measure_accuracy(
             recipe, self.workspace, self.reporter, self.original, quantized, artifacts,
-            self.inputs.evaluation,
+            self.inputs.evaluation, self._research(),
         )  # fmt: skip
         measurements = measure_latency(
             recipe, self.workspace, self.reporter, self.backbone, artifacts
@@ -329,37 +369,3 @@ def _untrusted(parity: list[ParityRow]) -> list[str]:
     """Warnings of files the run doesn't answer for, and so doesn't fail on."""
     missed = {row.artifact for row in parity if not row.passed} - set(OWN_ARTIFACTS)
     return [f"{name}: its file missed parity; don't trust its figures" for name in sorted(missed)]
-
-
-def quantize_options(section: QuantizeSection, seed: int = 0) -> QuantizeOptions:
-    """The recipe's quantize section in the quant room's terms.
-
-    What the section leaves open is the preset's; without a preset, the quant room's default.
-    """
-    widths = section.widths
-    preset = PRESETS[section.preset] if section.preset else None
-    chosen: dict[str, Any] = {
-        "rounding": section.rounding or (preset and preset.rounding),
-        "reconstruction": section.reconstruction or (preset and preset.reconstruction),
-        "reconstruction_iterations": section.reconstruction_iterations
-        or (preset and preset.iterations),
-    }
-    return QuantizeOptions(
-        weight_bits=widths.weights,
-        input_bits=widths.activations,
-        activation_range=section.activation_range,
-        weight_range=section.weight_range,
-        norm_fold=section.norm_fold,
-        head_fold=section.head_fold,
-        equalize=section.equalize,
-        softmax=section.softmax,
-        gelu=section.gelu,
-        edge_bits=section.edge_bits,
-        keep_8bit=tuple(section.keep_8bit),
-        float_layers=tuple(section.float_layers),
-        layer_bits=tuple(section.layer_bits.items()),
-        rounding_images=section.rounding_images,
-        bias_correction=section.bias_correction,
-        seed=seed,
-        **{name: value for name, value in chosen.items() if value},
-    )

@@ -141,6 +141,10 @@ class EvaluationSection(Section):
     images: int | None = Field(default=None, gt=0, description="None: all of them")
     batch_size: int = Field(default=32, gt=0)
     simulation: bool = Field(default=False, description="also run the simulation on all images")
+    research_integer_ops: Literal[8, 16] | None = Field(
+        default=None,
+        description="also simulate I-ViT's integer softmax, GELU and LayerNorm at so many bits",
+    )
 
 
 class PruneSection(Section):
@@ -160,10 +164,13 @@ class QuantizeSection(Section):
         default=[], description="others that quantise the same model, for rows of the same report"
     )
     preset: Literal["fast", "balanced", "best"] | None = Field(
-        default=None, description="how much work goes into accuracy; None: the default flow"
+        default=None,
+        description="how much work goes into accuracy; None: what fits into time_budget_s",
     )
     time_budget_s: float | None = Field(
-        default=None, gt=0, description="seconds quantising should take at most; None: no limit"
+        default=None,
+        gt=0,
+        description="seconds quantising should take at most, by estimate; None: 300",
     )
     activation_range: Literal["minmax", "percentile", "percentile-mse", "progressive"] = (
         "percentile"
@@ -172,14 +179,19 @@ class QuantizeSection(Section):
     rounding: Literal["nearest", "gptq", "erq"] | None = Field(
         default=None, description="of the weights; None: what the preset says"
     )
-    rounding_images: int = Field(
-        default=128, gt=0, description="calibration images that rounding reads at most"
+    rounding_images: int | None = Field(
+        default=None,
+        gt=0,
+        description="calibration images that rounding reads at most; None: what the preset says",
     )
     reconstruction: Literal["none", "plain", "aphq", "fima"] | None = Field(
         default=None, description="block by block; None: what the preset says"
     )
     reconstruction_iterations: int | None = Field(
         default=None, gt=0, description="steps a block; None: what the preset says"
+    )
+    relu_mlp: bool = Field(
+        default=False, description="replace GELU by ReLU and learn the layers around it anew"
     )
     norm_fold: Literal["auto", "off", "repq", "repq-median", "repq-clipped", "smooth"] = Field(
         default="auto",

@@ -24,7 +24,6 @@ from deploykit.latency_table import (
     load_latency_table,
     measure_latency_table,
 )
-from deploykit.pipeline import quantize_options
 from deploykit.progress import Reporter
 from deploykit.prune.semi_structured import sparsify_2_4
 from deploykit.quant.sensitivity import (
@@ -34,6 +33,7 @@ from deploykit.quant.sensitivity import (
     measure_sensitivity,
 )
 from deploykit.quant.sensitivity_collapse import CollapsedLayer, find_collapse
+from deploykit.quantize_options import quantize_options
 from deploykit.recipe import Recipe, parse_bits, parse_layer_bits
 from deploykit.recipe_io import dump_recipe
 from deploykit.report.sensitivity_model import Budget, Collapse, LayerRow, SensitivityReport

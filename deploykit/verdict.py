@@ -55,7 +55,7 @@ def _accuracy(report: Report) -> str:
 def _latency(report: Report) -> list[str]:
     lines = []
     for m in report.measurements:
-        if m.artifact == "original" or m.ratio is None:
+        if m.artifact != "compressed" or m.ratio is None:
             continue
         if m.noisy:
             lines.append(f"latency on {m.target} is too noisy to use")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,9 @@ from deploykit.workspace import Workspace
 __all__ = ["UNOPTIMIZED", "check_parity", "measure_accuracy", "measure_latency"]
 
 _REFERENCE_BATCH = 8
+Maker = Callable[[], Callable[[Tensor], Tensor]]
+"""Makes a model when it is about to be run."""
+
 UNOPTIMIZED = "no simulation: compared with the same file run without graph optimisations"
 """Name of the reference of a file that others quantised."""
 
@@ -161,10 +164,15 @@ def measure_accuracy(
     quantized: QuantizedModel | None,
     artifacts: Sequence[Artifact],
     images: ImageSet | None,
+    research: Mapping[str, Maker] | None = None,
 ) -> list[Accuracy]:
     """Top-1 of every artefact on the labelled images, paired with the original's.
 
     The files run, on the first target. Without labelled images or trained weights: an empty list.
+
+    Args:
+        research: simulations that no file has, made when they are run, by what the report calls
+            them.
     """
     if images is None:
         return []
@@ -212,6 +220,17 @@ def measure_accuracy(
         )
         ours = simulated if artifact.name == "compressed" else None
         results.append(result.model_copy(update={"simulated_top1": ours}))
+    for number, (name, make) in enumerate((research or {}).items()):
+
+        def of_research(name: str = name, make: Maker = make) -> list[int]:
+            return predictions(name, make())
+
+        kept = workspace.cached(f"predictions-research-{number}", of_research)
+        results.append(
+            paired_accuracy(
+                name, images.labels, found["original"], torch.tensor(kept), data.description
+            )
+        )
     return results
 
 

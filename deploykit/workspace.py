@@ -26,6 +26,7 @@ _FILES = (
     "recipe.yaml",
     "model.onnx",
     "original.onnx",
+    "nncf.onnx",
 )
 _OURS = (".work", "report.json", "recipe.yaml")
 _STAMP = "run.json"

@@ -17,6 +17,7 @@ from torch import fx
 
 from deploykit.errors import DeploykitError
 from deploykit.export.onnx_lowering import OPSET, translation_table
+from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
 from deploykit.types import Backbone
 

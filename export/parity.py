@@ -111,7 +111,7 @@ def compare(
         needed = min(own - NOISE_MARGIN_DB, FLOAT_SQNR_DB)
         passed = sqnr >= needed and theirs >= own - EXCESS_DB and disagree <= allowed
         tolerance = (
-            f"SQNR >= {needed:.1f} dB; noise within {EXCESS_DB:g} dB of the simulation's "
+            f"SQNR >= {needed:.1f} dB; noise within {EXCESS_DB:g} dB of the reference's "
             f"(it is {theirs:.1f} dB); at most {allowed} of {count} top-1 changed"
         )
     return ParityRow(

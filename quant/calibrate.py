@@ -9,9 +9,11 @@ from torch import Tensor, fx
 
 from deploykit.graph.edit import is_op
 from deploykit.graph.quantized import FLOAT, LayerPlan
+from deploykit.quant.attention_grid import fold_values, value_watches
 from deploykit.quant.cache import TensorCache
 from deploykit.quant.choose import choose_quantizer
 from deploykit.quant.folds.choose import choose_fold, norm_candidates
+from deploykit.quant.folds.layers import groups_of
 from deploykit.quant.folds.norm import NormGroup, apply_norm_fold, find_norm_groups
 from deploykit.quant.insert import OUTPUT_BITS, activation_of, needs_output_quantizer
 from deploykit.quant.observers import Histogram, Watch, collect_histograms, sample_rows
@@ -25,6 +27,7 @@ from deploykit.types import PassRecord
 __all__ = ["Observed", "fit", "observe"]
 
 LOG_FORMS = ("uniform", "log-sqrt2", "adalog")
+FEEDBACK_SHARE = 0.4  # of a weight's rounding error that GPTQ leaves (tests/test_rounding.py)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def observe(
     watches = {Watch(source) for source, _ in sources(plans, nodes)}
     watches |= {Watch(activation_of(nodes[name]).name) for name in output_layers(plans, nodes)}
     watches |= {Watch(group.norm.name, group.channel_axis) for group in groups}
+    if options.head_fold:
+        watches |= value_watches(graph_module, plans)
     ordered = sorted(watches, key=str)  # the order of a set must not reach the result
     histograms = cache.histograms(ordered) if cache else None
     if histograms is None:
@@ -80,11 +85,15 @@ def fit(
     nodes = {node.name: node for node in graph_module.graph.nodes}
     activations: dict[tuple[str, int], FittedQuantizer] = {}
     records = []
+    histograms = dict(observed.histograms)
+    if options.head_fold:
+        method = options.activation_range
+        records.append(fold_values(graph_module, plans, histograms, method, activations))
     if options.norm_fold != "off":
         records.append(_fold_norms(graph_module, plans, observed, options, activations))
     for source, bits in sources(plans, nodes):
         if (source, bits) not in activations:
-            histogram = observed.histograms[Watch(source)]
+            histogram = histograms[Watch(source)]
             kind = _kind(nodes[source], options)
             if kind == "auto":
                 _, quantizer, _ = choose_quantizer(
@@ -95,7 +104,7 @@ def fit(
             activations[source, bits] = quantizer
     outputs = {
         name: get_quantizer("uniform").fit(
-            observed.histograms[Watch(activation_of(nodes[name]).name)],
+            histograms[Watch(activation_of(nodes[name]).name)],
             OUTPUT_BITS,
             options.activation_range,
         )
@@ -144,6 +153,8 @@ def _why_not(group: NormGroup, plans: Mapping[str, LayerPlan]) -> str | None:
     widths = {plans[layer.name].input_bits for layer in group.consumers}
     if FLOAT in widths or len(widths) > 1:
         return "its readers' inputs have different widths, or none"
+    if any(groups_of(layer) != 1 for layer in group.consumers):
+        return "a layer with channel groups reads it"
     if not all(_only_moved(source, group.norm) for source in group.inputs):
         return "it is averaged or mixed with others before it is read"
     return None
@@ -192,6 +203,7 @@ def _fold_norms(
             observed.samples[group.norm.name],
             widths,
             options.weight_range,
+            1.0 if options.rounding == "nearest" else FEEDBACK_SHARE,
         )
         if candidate.name != "off":
             apply_norm_fold(graph_module, group, candidate.ratio, candidate.shift)

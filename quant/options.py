@@ -24,6 +24,7 @@ class QuantizeOptions:
         layer_bits: (glob of layer names, ``wNaM`` or ``float``); the first match counts.
         rounding_images: calibration images that rounding and reconstruction read at most.
         reconstruction_iterations: a unit.
+        relu_mlp: replace GELU by ReLU and learn the layers around it anew first.
     """
 
     weight_bits: int
@@ -44,6 +45,7 @@ class QuantizeOptions:
     bias_correction: bool = True
     reconstruction: LossKind | Literal["none"] = "none"
     reconstruction_iterations: int = 300
+    relu_mlp: bool = False
     seed: int = 0
 
     @property

@@ -20,8 +20,9 @@ from deploykit.quant.layer_error import layer_sqnr
 from deploykit.quant.options import QuantizeOptions
 from deploykit.quant.plan import plan_layers
 from deploykit.quant.quantizers.uniform import UniformQuantizer
+from deploykit.quant.reconstruction.relu import options_for, replace_gelu
 from deploykit.quant.state import QuantState
-from deploykit.quant.walk import walk_units
+from deploykit.quant.walk import take, walk_units
 from deploykit.quant.weights import quantize_weight
 from deploykit.types import PassRecord
 
@@ -37,7 +38,7 @@ class Steps(Protocol):
 
 
 @contextmanager
-def silent(title: str, total: float | None = None):  # type: ignore[no-untyped-def]
+def silent(title: str, total: float | None = None):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """No progress."""
     yield lambda _: None
 
@@ -63,6 +64,11 @@ def quantize(
     model = captured.copy()
     graph_module = model.graph_module
     records = _fold_layers(graph_module, options)
+    if options.relu_mlp:
+        learnt = take(batches(), options.rounding_images)
+        with steps("replace GELU by ReLU") as advance:
+            relu = options_for(options.weight_bits, options.seed)
+            records.append(replace_gelu(graph_module, learnt, relu, advance))
     plans = {
         plan.node: plan
         for plan in plan_layers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from deploykit.quant.observers import Histogram
 __all__ = ["ERROR_POWER", "MIN_SCALE", "RangeMethod", "UniformRange", "activation_range",
            "weight_scale"]  # fmt: skip
 
-RangeMethod = Literal["minmax", "percentile", "percentile-mse"]
+RangeMethod = Literal["minmax", "percentile", "percentile-mse", "progressive"]
 
 # Below this a scale is noise: dividing by it overflows, and a constant zero tensor needs some
 # positive scale. Any value serves such a tensor, since all its codes are the zero point.
@@ -26,6 +27,12 @@ ERROR_POWER = {2: 3.0, 3: 3.0, 4: 3.0, 5: 4.0, 6: 4.0, 7: 10.0, 8: 10.0}
 _CHUNK = 16  # channels searched together: bounds memory at 16 * 169 * 512 floats, 6 MB
 
 WEIGHT_SHRINK_STEPS = 64
+
+# The progressive search: how far scales are spread in each round, how many grids go on to it,
+# and into how many scales each is split (with three zero points for every one).
+PROGRESSIVE_STEPS = (0.1, 0.03, 0.01)
+PROGRESSIVE_KEPT = 8
+PROGRESSIVE_SPLIT = 7
 
 
 class UniformRange:
@@ -54,7 +61,10 @@ def activation_range(
     pair with the least squared error per channel (the initialisation of RepQ-ViT and its
     successors, with both ends free). ``percentile`` does so with the error's power in
     ``ERROR_POWER``: a few huge activations carry a vision transformer's decisions, and a squared
-    error gives them away for a little less rounding noise elsewhere.
+    error gives them away for a little less rounding noise elsewhere. ``progressive`` goes on from
+    there: the best few are split into finer scales and neighbouring zero points, and so on (the
+    fast progressive combining search of AdaLog, arXiv 2407.12951, section 3.4, with the error of
+    the tensor for score).
 
     Args:
         histogram: counts of C channels (1 for a whole tensor).
@@ -63,7 +73,7 @@ def activation_range(
             meet the quantiser, and for a zero point inside the codes.
     """
     tails = torch.tensor(TAILS if method != "minmax" else (0.0,))
-    power = ERROR_POWER.get(bits, 2.0) if method == "percentile" else 2.0
+    power = 2.0 if method in ("minmax", "percentile-mse") else ERROR_POWER.get(bits, 2.0)
     parts = [
         _search(
             Histogram(
@@ -75,6 +85,7 @@ def activation_range(
             tails,
             include_zero,
             power,
+            PROGRESSIVE_STEPS if method == "progressive" else (),
         )
         for start in range(0, len(histogram.low), _CHUNK)
     ]
@@ -82,7 +93,12 @@ def activation_range(
 
 
 def _search(
-    histogram: Histogram, bits: int, tails: Tensor, include_zero: bool, power: float
+    histogram: Histogram,
+    bits: int,
+    tails: Tensor,
+    include_zero: bool,
+    power: float,
+    refinements: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     low, high = _percentiles(histogram, tails)  # (C, T) each
     count = len(tails)
@@ -95,9 +111,35 @@ def _search(
     zero_point = torch.round(-low / scale)
     if include_zero:
         zero_point = zero_point.clamp(0, levels)
+    score, mse = _errors(histogram, scale, zero_point, bits, power)
+    for spread in refinements:
+        kept = score.topk(min(PROGRESSIVE_KEPT, score.shape[1]), dim=1, largest=False).indices
+        scale, zero_point = scale.gather(1, kept), zero_point.gather(1, kept)
+        factors = torch.linspace(1 - spread, 1 + spread, PROGRESSIVE_SPLIT)
+        scale = (scale[:, :, None] * factors).flatten(1).clamp(min=MIN_SCALE)
+        zero_point = zero_point.repeat_interleave(PROGRESSIVE_SPLIT, dim=1)
+        moved = [zero_point + move for move in (-1, 0, 1)]
+        scale, zero_point = scale.repeat(1, 3), torch.cat(moved, dim=1)
+        if include_zero:
+            zero_point = zero_point.clamp(0, levels)
+        score, mse = _errors(histogram, scale, zero_point, bits, power)
+    best = score.argmin(dim=1, keepdim=True)
+    widest = torch.maximum(histogram.low.abs(), histogram.high.abs()).clamp(min=MIN_SCALE)
+    return (
+        scale.gather(1, best)[:, 0],
+        zero_point.gather(1, best)[:, 0],
+        mse.gather(1, best)[:, 0].double() * widest.double().square(),
+    )
+
+
+def _errors(
+    histogram: Histogram, scale: Tensor, zero_point: Tensor, bits: int, power: float
+) -> tuple[Tensor, Tensor]:
+    """Sum of |error|^power and mean squared error of candidate grids (C, T), relative to the
+    widest value: the square of an outlier of 1e30 overflows, and inf * 0 is NaN."""
     centres = histogram.centres[:, None, :]
-    codes = torch.round(centres / scale[..., None]).add_(zero_point[..., None]).clamp_(0, levels)
-    # Relative to the widest value: the square of an outlier of 1e30 overflows, and inf * 0 is NaN.
+    codes = torch.round(centres / scale[..., None]).add_(zero_point[..., None])
+    codes = codes.clamp_(0, 2**bits - 1)
     widest = torch.maximum(histogram.low.abs(), histogram.high.abs()).clamp(min=MIN_SCALE)
     error = codes.sub_(zero_point[..., None]).mul_(scale[..., None]).sub_(centres)
     error = error.div_(widest[:, None, None]).square_()
@@ -105,12 +147,7 @@ def _search(
     counts = histogram.counts[:, None, :]
     mse = (error * counts).sum(-1) / total[:, None]
     score = mse if power == 2 else (error.pow_(power / 2) * counts).sum(-1)
-    best = score.argmin(dim=1, keepdim=True)
-    return (
-        scale.gather(1, best)[:, 0],
-        zero_point.gather(1, best)[:, 0],
-        mse.gather(1, best)[:, 0].double() * widest.double().square(),
-    )
+    return score, mse
 
 
 def _percentiles(histogram: Histogram, tails: Tensor) -> tuple[Tensor, Tensor]:

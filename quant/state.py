@@ -43,20 +43,24 @@ class QuantState:
     biases: dict[str, Tensor] = field(default_factory=dict)
     targets: dict[str, Tensor] = field(default_factory=dict)
 
-    def input_quantizer(self, node: fx.Node, position: int = 0) -> FittedQuantizer | None:
-        """The quantiser of a planned node's argument, None where it stays in float."""
-        bits = self.plans[node.name].input_bits
-        source = node.args[position]
-        assert isinstance(source, fx.Node)
-        return None if bits == FLOAT else self.activations[source.name, bits]
+    def input_quantizer(self, node: fx.Node) -> FittedQuantizer | None:
+        """The quantiser of a planned node's first argument, None where it stays in float."""
+        keys = self.input_keys(node)
+        return self.activations[keys[0]] if keys else None
+
+    def input_keys(self, node: fx.Node) -> list[tuple[str, int]]:
+        """The (source node, bits) pairs a planned node reads, none where it reads floats."""
+        plan = self.plans[node.name]
+        if plan.input_bits == FLOAT:
+            return []
+        sources = [source for source in node.args[: plan.inputs] if isinstance(source, fx.Node)]
+        return [(source.name, plan.input_bits) for source in sources]
 
     def quantized_inputs(self, node: fx.Node, args: Sequence[Any]) -> list[Any]:
         """A planned node's arguments with its activations quantised."""
         result = list(args)
-        for position in range(self.plans[node.name].inputs):
-            quantizer = self.input_quantizer(node, position)
-            if quantizer is not None:
-                result[position] = quantizer(result[position])
+        for position, key in enumerate(self.input_keys(node)):
+            result[position] = self.activations[key](result[position])
         return result
 
     def hooks(self, graph: fx.Graph) -> dict[str, Hook]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from deploykit.graph.quantized import FLOAT
 from deploykit.quant.cache import TensorCache
 from deploykit.quant.options import QuantizeOptions
 from deploykit.quant.quantizers.uniform import UniformQuantizer
@@ -32,7 +31,7 @@ from deploykit.types import PassRecord
 if TYPE_CHECKING:
     from deploykit.quant.quantize import Steps
 
-__all__ = ["walk_units"]
+__all__ = ["take", "walk_units"]
 
 FISHER_RANK = {2: 15, 3: 15}  # by weight bits; FIMA-Q's values
 FISHER_RANK_ELSE = 5
@@ -53,7 +52,7 @@ def walk_units(
     """
     executor = Executor(graph_module)
     units = split_units(graph_module.graph, state.plans)
-    images = _take(batches(), options.rounding_images)
+    images = take(batches(), options.rounding_images)
     for batch in images:
         executor.prepare(batch)
     counts = [len(batch) for batch in images]
@@ -98,7 +97,8 @@ def walk_units(
     return [PassRecord(name="round", summary=summary, details=details)]
 
 
-def _take(batches: Iterable[Tensor], count: int) -> list[Tensor]:
+def take(batches: Iterable[Tensor], count: int) -> list[Tensor]:
+    """The first ``count`` images, in batches."""
     taken: list[Tensor] = []
     for batch in batches:
         left = count - sum(len(part) for part in taken)
@@ -206,10 +206,5 @@ def _restore(state: QuantState, unit: Unit, tensors: dict[str, Tensor]) -> None:
 
 def _keys(state: QuantState, unit: Unit) -> list[tuple[str, int]]:
     nodes = {node.name: node for node in unit.nodes}
-    keys = {}
-    for name in unit.layers:
-        plan = state.plans[name]
-        if plan.input_bits != FLOAT:
-            for source in nodes[name].args[: plan.inputs]:
-                keys[source.name, plan.input_bits] = None  # type: ignore[union-attr]
-    return list(keys)
+    keys = [key for name in unit.layers for key in state.input_keys(nodes[name])]
+    return list(dict.fromkeys(keys))

@@ -14,7 +14,7 @@ import torch
 import deploykit
 from deploykit import fsio, verify
 from deploykit.errors import AccuracyGateError, ExitCode, ParityError, UsageError
-from deploykit.quant import quantize as quantize_module
+from deploykit.quant import calibrate as calibrate_module
 from deploykit.report.model import Report, load_report
 
 FILES = {
@@ -114,7 +114,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     def again(*_: object, **__: object) -> None:
         raise AssertionError("done before the interruption, done again")
 
-    monkeypatch.setattr(quantize_module, "collect_histograms", again)
+    monkeypatch.setattr(calibrate_module, "collect_histograms", again)
     monkeypatch.setattr(verify, "top1_and_predictions", again)
     report = deploykit.compress(**tiny_options, out=out, resume=True)
     assert report.measurements

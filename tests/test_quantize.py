@@ -140,17 +140,19 @@ def test_float_layers_stay_as_they_are() -> None:
     assert sqnr_db(model_of("vit").graph_module(x), everything(x)) > 110
 
 
-def test_softmax_outputs_take_the_log_quantiser_at_4_bits_and_below() -> None:
-    for bits, count in ((8, 0), (6, 0), (4, 2), (3, 2)):
-        module = quantized("vit", bits, bits).graph_module
-        assert len(nodes_of(module, ops.fake_quantize_log.default)) == count
+def test_softmax_outputs_take_the_grid_with_the_least_error() -> None:
+    module = quantized("vit", 8, 8).graph_module
+    assert not nodes_of(module, ops.fake_quantize_log.default, ops.fake_quantize_twin.default)
+    module = quantized("vit", 3, 3).graph_module
+    assert nodes_of(module, ops.fake_quantize_log.default, ops.fake_quantize_twin.default)
     for choice, count in (("uniform", 0), ("log-sqrt2", 2)):
         model = quantize(model_of("vit"), QuantizeOptions(4, 4, softmax=choice), batches())
         assert len(nodes_of(model.graph_module, ops.fake_quantize_log.default)) == count
 
 
 def test_shvits_transposed_softmax_takes_it_too() -> None:
-    model = quantize(captured(tiny_shvit(), 64), QuantizeOptions(4, 4), batches(64, 2))
+    options = QuantizeOptions(4, 4, softmax="log-sqrt2")
+    model = quantize(captured(tiny_shvit(), 64), options, batches(64, 2))
     attention = [plan for plan in model.plans if plan.softmax_input]
     assert len(attention) == 9
     assert len(nodes_of(model.graph_module, ops.fake_quantize_log.default)) == 9
@@ -160,8 +162,15 @@ def test_shvits_transposed_softmax_takes_it_too() -> None:
 
 def test_norms_are_folded_where_asked() -> None:
     records = {record.name: record for record in quantized("vit", 4, 4).records}
-    assert records["fold_norms"].summary == "4 of 5 norms folded (RepQ)"
-    off = quantize(model_of("vit"), QuantizeOptions(4, 4, fold_norms=False), batches())
+    details = records["fold_norms"].details
+    # The class token is picked out between the last norm and the head, which reads 8 bits.
+    assert len(details["relative_error"]) == 5 and not details["declined"]
+    for errors in details["relative_error"].values():
+        assert errors["off"] >= min(errors.values())
+    asked = quantize(model_of("vit"), QuantizeOptions(4, 4, norm_fold="repq"), batches())
+    summaries = {record.name: record.summary for record in asked.records}
+    assert summaries["fold_norms"] == "5 of 5 norms folded (repq-mean 5)"
+    off = quantize(model_of("vit"), QuantizeOptions(4, 4, norm_fold="off"), batches())
     assert "fold_norms" not in {record.name for record in off.records}
     x = images(16, seed=7)
     wanted = model_of("vit").graph_module(x)

@@ -15,9 +15,10 @@ from deploykit.quant.quantize import QuantizeOptions, quantize
 from deploykit.quant.quantizers.uniform import UniformQuantizer
 from deploykit.quant.reconstruction.activations import LearntActivation, drop_quantization
 from deploykit.quant.reconstruction.losses import PlainLoss, WeightedLoss, perturbation_hessian
+from deploykit.quant.reconstruction.relu import ReluOptions, replace_gelu
 from deploykit.quant.reconstruction.rounding import AdaRoundWeight
 from deploykit.quant.weights import quantize_weight
-from tests.graphs import captured, images, tiny_cnn, tiny_vit
+from tests.graphs import aten, captured, images, nodes_of, tiny_cnn, tiny_vit
 
 
 def calibration() -> list[torch.Tensor]:
@@ -122,3 +123,20 @@ def test_it_is_deterministic_and_goes_on_where_it_was_interrupted(
     resumed = quantize(model, options, calibration, cache=cache)
     assert len(seen) == len(list(tmp_path.glob("unit-*"))) - 2
     assert torch.equal(resumed(images()), whole(images()))
+
+
+def test_gelu_is_replaced_by_relu_and_its_layers_learnt_anew() -> None:
+    model = captured(tiny_vit())
+    x, exact = images(32, seed=5), model.graph_module(images(32, seed=5))
+    learnt = model.copy().graph_module
+    record = replace_gelu(learnt, calibration(), ReluOptions(iterations=60, rate=1e-3))
+    swapped = model.copy().graph_module
+    replace_gelu(swapped, calibration(), ReluOptions(iterations=1, rate=0.0))
+    for graph_module in (learnt, swapped):
+        assert not nodes_of(graph_module, aten.gelu.default)
+        assert len(nodes_of(graph_module, aten.relu.default)) == 2
+    assert sqnr_db(exact, learnt(x)) > sqnr_db(exact, swapped(x)) + 2
+    assert record.summary.startswith("2 GELUs")
+    result = quantize(model, QuantizeOptions(8, 8, relu_mlp=True), calibration)
+    assert "relu_mlp" in {record.name for record in result.records}
+    assert not nodes_of(result.graph_module, aten.gelu.default)

@@ -136,7 +136,8 @@ def test_each_ingredient_helps_on_images_it_has_not_seen(name: str) -> None:
     x = images(16, size, seed=5)
     plain = {"rounding": "nearest", "bias_correction": False}
     found = {}
-    for key, options in {"nearest": plain, "erq": {"rounding": "erq", "rounding_images": 256}}.items():
+    erq = {"rounding": "erq", "rounding_images": 256}
+    for key, options in {"nearest": plain, "erq": erq}.items():
         result = quantize(model, QuantizeOptions(4, 6, **options), calibration)  # type: ignore[arg-type]
         found[key] = sqnr_db(model.graph_module(x), result(x))
     assert found["erq"] > found["nearest"] + 0.5

@@ -71,14 +71,18 @@ def choose_fold(
     sample: Tensor,
     weight_bits: Sequence[int],
     weight_range: str,
+    weight_share: float = 1.0,
 ) -> tuple[FoldChoice, dict[str, float]]:
     """The candidate whose readers' outputs are nearest to the float ones.
 
-    Input and weights are both quantised, weights to the nearest code.
+    The error of the quantised input and that of the quantised weights are added up. Rewrites that
+    narrow the one widen the other.
 
     Args:
         sample: the norm's output, channels last, (rows, C).
         weight_bits: of each consumer.
+        weight_share: how much of the error of rounding weights to the nearest code remains:
+            1, or less where they will be rounded with error feedback.
 
     Returns:
         The best, and every candidate's squared error relative to the outputs' square.
@@ -87,22 +91,29 @@ def choose_fold(
     errors: dict[str, float] = {}
     for candidate, grid in candidates:
         ratio, shift = candidate.ratio.float(), candidate.shift.float()
-        back = grid((rows + shift) / ratio)
+        folded = (rows + shift) / ratio
+        back = grid(folded)
         lost = total = 0.0
         for layer, columns, bits in zip(group.consumers, group.columns, weight_bits, strict=True):
-            weight = constant(graph_module, layer.args[1])
-            assert weight is not None
-            weight = weight.float().flatten(2).sum(2) if weight.ndim > 2 else weight.float()
+            weight = _matrix(graph_module, layer)
             ours = columns >= 0
             weight, at = weight[:, ours], columns[ours]
-            wanted = rows[:, at] @ weight.t()
-            folded = weight * ratio[at]
-            scale = weight_scale(folded, bits, weight_range)[:, None]  # type: ignore[arg-type]
+            wide = weight * ratio[at]
             high = 2 ** (bits - 1)
-            codes = torch.round(folded / scale).clamp_(-high, high - 1)
-            made = back[:, at] @ (codes * scale).t() - weight @ shift[at]
-            lost += float((made - wanted).square().sum())
-            total += float(wanted.square().sum())
+            scale = weight_scale(wide, bits, weight_range)[:, None]  # type: ignore[arg-type]
+            rounding = torch.round(wide / scale).clamp_(-high, high - 1) * scale - wide
+            of_input = (back - folded)[:, at] @ wide.t()
+            of_weight = folded[:, at] @ rounding.t()
+            of_weight -= of_weight.mean(0)  # the bias takes the mean
+            lost += float(of_input.square().sum() + weight_share * of_weight.square().sum())
+            total += float((rows[:, at] @ weight.t()).square().sum())
         errors[candidate.name] = lost / max(total, 1e-30)
     best = min(range(len(candidates)), key=lambda i: errors[candidates[i][0].name])
     return candidates[best], errors
+
+
+def _matrix(graph_module: fx.GraphModule, layer: fx.Node) -> Tensor:
+    """A layer's weight as (out, in); a larger kernel as the sum over its positions."""
+    weight = constant(graph_module, layer.args[1])
+    assert weight is not None
+    return weight.float().flatten(2).sum(2) if weight.ndim > 2 else weight.float()

@@ -25,7 +25,7 @@ class OutputLoss(Protocol):
 class PlainLoss:
     """Squared error summed over the channels, averaged over images and places (BRECQ)."""
 
-    def __call__(self, output: Tensor, wanted: Tensor, step: int) -> Tensor:
+    def __call__(self, output: Tensor, wanted: Tensor, step: int) -> Tensor:  # noqa: ARG002
         return (output - wanted).square().sum() / _places(output)
 
 
@@ -39,7 +39,7 @@ class WeightedLoss:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
 
-    def __call__(self, output: Tensor, wanted: Tensor, step: int) -> Tensor:
+    def __call__(self, output: Tensor, wanted: Tensor, step: int) -> Tensor:  # noqa: ARG002
         return ((output - wanted).square() * self.weight).sum() / _places(output)
 
 
@@ -81,7 +81,8 @@ class FisherLoss:
             self.scale = max(scale, 1e-12)
         first, second = (max(value, 1e-20) for value in self.start)
         # Both parts start at one; in the plain loss's units the rounding penalty keeps its weight.
-        return 0.5 * self.scale * (low_rank / first + diagonal / second)
+        loss: Tensor = 0.5 * self.scale * (low_rank / first + diagonal / second)
+        return loss
 
     def _snapshot(self, output: Tensor, wanted: Tensor) -> None:
         gradient = self.gradient(output, wanted).flatten()

@@ -22,6 +22,9 @@ class AdaRoundWeight(nn.Module):
         logits: V, the weight's shape.
     """
 
+    scale: Tensor
+    floor: Tensor
+
     def __init__(self, weight: Tensor, start: QuantizedWeight) -> None:
         super().__init__()
         self.bits = start.bits
@@ -29,7 +32,7 @@ class AdaRoundWeight(nn.Module):
         self.register_buffer("scale", start.scale.reshape(shape))
         ratio = weight / self.scale
         low, high = self.limits
-        # The codes' own floor: where error feedback moved a weight by more than a step, start there.
+        # Where error feedback moved a weight by more than a step, start from the code's own floor.
         floor = torch.floor(ratio)
         codes = start.codes.float()
         floor = torch.where(codes < floor, codes, torch.where(codes > floor + 1, codes - 1, floor))

@@ -61,11 +61,9 @@ class _Learner:
         nodes = {node.name: node for node in unit.nodes}
         for name in unit.layers:
             plan, node = state.plans[name], nodes[name]
-            if plan.input_bits != FLOAT:
-                for position in range(plan.inputs):
-                    key = (node.args[position].name, plan.input_bits)  # type: ignore[union-attr]
-                    if key not in self.activations:
-                        self.activations[key] = LearntActivation(state.activations[key])
+            for key in state.input_keys(node):
+                if key not in self.activations:
+                    self.activations[key] = LearntActivation(state.activations[key])
             if plan.weight_bits in (None, FLOAT):
                 continue
             weight = constant(executor.graph_module, node.args[1])
@@ -97,14 +95,12 @@ class _Learner:
         return hooks
 
     def _layer(self, node: fx.Node, args: Sequence[Any]) -> Any:
-        plan, values = self.state.plans[node.name], list(args)
-        if plan.input_bits != FLOAT:
-            for position in range(plan.inputs):
-                key = (node.args[position].name, plan.input_bits)  # type: ignore[union-attr]
-                x = values[position]
-                values[position] = drop_quantization(
-                    self.activations[key](x), x, self.drop, self.generator
-                )
+        values = list(args)
+        for position, key in enumerate(self.state.input_keys(node)):
+            x = values[position]
+            values[position] = drop_quantization(
+                self.activations[key](x), x, self.drop, self.generator
+            )
         if node.name in self.weights:
             values[1] = self.weights[node.name]()
         if node.name in self.biases:

@@ -88,7 +88,8 @@ def _feedback(matrix: Tensor, order: Tensor) -> Tensor:
     ordered = rows.gather(2, order[:, None, :].expand_as(matrix))
     lower = torch.linalg.cholesky(ordered.flip(1, 2).double()).float().flip(1, 2)
     eye = torch.eye(matrix.shape[-1]).expand_as(matrix)
-    return torch.linalg.solve_triangular(lower, eye, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=True)
+    return inverse
 
 
 def _damped(matrix: Tensor, damping: float) -> Tensor:

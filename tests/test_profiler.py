@@ -11,8 +11,8 @@ from deploykit.errors import UsageError
 from deploykit.export.onnx import export_onnx
 from deploykit.quant.plan import plan_layers
 from deploykit.quant.quantize import QuantizeOptions, quantize
-from deploykit.targets import profile_onnxruntime
-from deploykit.targets.profile_onnxruntime import layer_times
+from deploykit.targets import profiler
+from deploykit.targets.profiler import layer_times
 from tests.graphs import SIZE, batches, captured, tiny_cnn, tiny_vit
 
 SHAPE = (3, SIZE, SIZE)
@@ -39,7 +39,7 @@ def fake_answer(
     def ask(*_: object, **__: object) -> dict[str, object]:
         return {"total_ms": total, "kernels": kernels}
 
-    monkeypatch.setattr(profile_onnxruntime, "ask", ask)
+    monkeypatch.setattr(profiler, "ask", ask)
 
 
 def test_kernels_between_layers_count_for_the_next_and_all_add_up(

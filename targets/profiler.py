@@ -1,6 +1,6 @@
 """Where an ONNX file's time goes, layer by layer, by ONNX Runtime's own profiler.
 
-Run as ``python -m deploykit.targets.profile_onnxruntime`` it is the measuring process, in the
+Run as ``python -m deploykit.targets.profiler`` it is the measuring process, in the
 worker's protocol; ``layer_times`` starts it and maps its answer to the file's layers.
 
 A kernel's time counts for its layer, and so does the time of all kernels between it and the
@@ -32,7 +32,7 @@ from deploykit.targets.registry import FloatArray, one_line
 
 __all__ = ["layer_times", "main"]
 
-COMMAND = (sys.executable, "-P", "-m", "deploykit.targets.profile_onnxruntime")
+COMMAND = (sys.executable, "-P", "-m", "deploykit.targets.profiler")
 
 _FILE_OPS = ("Conv", "MatMul", "Gemm")
 _KERNEL = re.compile(r"Conv(Integer)?$|MatMul|Gemm|Attention")
