@@ -25,12 +25,17 @@ from deploykit.report.model import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-WIDTHS = {
-    "demo": ("w8a8", "w6a6", "w4a8", "w4a4", "w4a16"),
-    "vit": ("w8a8", "w6a6", "w4a8", "w4a4"),
-    "efficientnet": ("w8a8", "w4a8"),
-    "shvit_s4": ("w8a8", "w4a4"),
+# Width and preset of every row; at w8a8 NNCF's file is compared where there are real weights.
+RUNS = {
+    "demo": [(b, "fast") for b in ("w8a8", "w6a6", "w4a8", "w4a4", "w4a16")]
+    + [("w4a4", "balanced")],
+    "vit": [(b, "fast") for b in ("w8a8", "w6a6", "w4a8", "w4a4", "w3a3")]
+    + [(b, "balanced") for b in ("w6a6", "w4a8", "w4a4", "w3a3")]
+    + [("w4a4", "best")],
+    "efficientnet": [("w8a8", "fast"), ("w4a8", "fast"), ("w4a8", "balanced")],
+    "shvit_s4": [("w8a8", "fast"), ("w4a4", "fast")],
 }
+COMPARED = ("vit", "efficientnet")
 
 
 def options(suite: str, data: Path | None) -> dict[str, Any]:
@@ -65,15 +70,17 @@ def overridden(recipe: Path | None, overrides: list[str]) -> Any:
     return load_recipe(recipe, overrides)
 
 
-def row(report: Report) -> dict[str, Any]:
-    """The figures of one run."""
-    accuracy = report.find_accuracy("compressed")
+def row(report: Report, preset: str, name: str = "compressed") -> dict[str, Any]:
+    """The figures of one file of a run."""
+    accuracy = report.find_accuracy(name)
     target = report.measurements[0].target
-    measured = report.find_measurement("compressed", target)
+    measured = report.find_measurement(name, target)
+    artifact = next(a for a in report.artifacts if a.name == name)
     original = report.find_measurement("original", target)
     assert measured is not None and original is not None
     return {
-        "bits": report.bits,
+        "bits": artifact.precision,
+        "preset": preset if name == "compressed" else artifact.algorithm,
         "weights": report.weights.kind,
         "images": accuracy.images if accuracy else None,
         "top1_original": accuracy.top1_original if accuracy else None,
@@ -82,14 +89,14 @@ def row(report: Report) -> dict[str, Any]:
         "drop_low": accuracy.drop_low if accuracy else None,
         "drop_high": accuracy.drop_high if accuracy else None,
         "bytes_original": report.original.bytes,
-        "bytes": report.compressed.bytes,
+        "bytes": artifact.bytes,
         "ratio": measured.ratio,
         "ratio_low": measured.ratio_low,
         "ratio_high": measured.ratio_high,
         "noisy": measured.noisy,
         "peak_rss_bytes": measured.peak_rss_bytes,
         "peak_rss_bytes_original": original.peak_rss_bytes,
-        "parity_sqnr_db": min(p.sqnr_db for p in report.parity if p.artifact == "compressed"),
+        "parity_sqnr_db": min(p.sqnr_db for p in report.parity if p.artifact == name),
         "seconds": report.seconds,
         "kernels": measured.kernels,
     }
@@ -102,8 +109,8 @@ def markdown(suite: str, rows: list[dict[str, Any]], environment: dict[str, Any]
         f"{environment['cpu']}, {environment['cores_allowed']} cores, "
         f"onnxruntime {environment['packages']['onnxruntime']}, one thread, batch 1.",
         "",
-        "| bits | top-1 | lost, points (95 %) | size | time / fp32 (95 %) |",
-        "|:--|--:|--:|--:|--:|",
+        "| bits | preset | top-1 | lost, points (95 %) | size | time / fp32 (95 %) |",
+        "|:--|:--|--:|--:|--:|--:|",
     ]
     for r in rows:
         top1, lost = "untrained", "–"
@@ -112,7 +119,9 @@ def markdown(suite: str, rows: list[dict[str, Any]], environment: dict[str, Any]
             lost = f"{r['drop']:.2f} ({r['drop_low']:.2f} … {r['drop_high']:.2f})"
         time = f"{r['ratio']:.2f} ({r['ratio_low']:.2f} … {r['ratio_high']:.2f})"
         time += " noisy" if r["noisy"] else ""
-        lines.append(f"| {r['bits']} | {top1} | {lost} | {r['bytes'] / 1e6:.2f} MB | {time} |")
+        lines.append(
+            f"| {r['bits']} | {r['preset']} | {top1} | {lost} | {r['bytes'] / 1e6:.2f} MB | {time} |"
+        )
     first = rows[0]
     if first["top1_original"] is not None:
         lines.append("")
@@ -129,26 +138,49 @@ def markdown(suite: str, rows: list[dict[str, Any]], environment: dict[str, Any]
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=sorted(WIDTHS))
+    parser.add_argument("suite", choices=sorted(RUNS))
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--bits", nargs="*")
+    parser.add_argument("--bits", nargs="*", help="only these rows; the others stay")
+    parser.add_argument("--preset", nargs="*", help="only these rows; the others stay")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    rows, environment = [], {}
-    for bits in args.bits or WIDTHS[args.suite]:
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / args.suite
+    kept: dict[tuple[str, str], dict[str, Any]] = {}
+    if args.bits or args.preset:
+        kept = {
+            (r["bits"], r["preset"]): r
+            for r in json.loads(stem.with_suffix(".json").read_text())["rows"]
+        }
+    for bits, preset in RUNS[args.suite]:
+        if (args.bits and bits not in args.bits) or (args.preset and preset not in args.preset):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             chosen = options(args.suite, args.data)
             chosen["recipe"] = overridden(chosen.pop("recipe", None), args.set)
-            report = deploykit.compress(**chosen, bits=bits, out=Path(folder) / "out", quiet=False)
-        rows.append(row(report))
-        environment = report.environment
-        print(json.dumps(rows[-1]), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / args.suite
-    data = {"environment": environment, "rows": rows}
-    stem.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(markdown(args.suite, rows, environment), encoding="utf-8")
+            compare = ["nncf"] if bits == "w8a8" and args.suite in COMPARED else None
+            report = deploykit.compress(
+                **chosen, bits=bits, preset=preset, compare=compare,
+                out=Path(folder) / "out", quiet=False,
+            )  # fmt: skip
+        for name in ("compressed", *(compare or [])):
+            made = row(report, preset, name)
+            kept[made["bits"], made["preset"]] = made
+            print(json.dumps(made), flush=True)
+        rows = sorted(kept.values(), key=lambda r: _place(args.suite, r))
+        data = {"environment": report.environment, "rows": rows}
+        stem.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        text = markdown(args.suite, rows, report.environment)
+        stem.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def _place(suite: str, r: dict[str, Any]) -> tuple[int, int]:
+    """Rows in the order of widths, then of presets; others' files after ours."""
+    widths = list(dict.fromkeys(bits for bits, _ in RUNS[suite]))
+    presets = ["fast", "balanced", "best"]
+    found = presets.index(r["preset"]) if r["preset"] in presets else len(presets)
+    return widths.index(r["bits"]), found
 
 
 if __name__ == "__main__":

@@ -203,7 +203,10 @@ class QuantizeSection(Section):
     softmax: Grid = Field(
         default="auto", description="auto: log-sqrt2 at 4 bits and below, uniform above"
     )
-    gelu: Grid = Field(default="uniform", description="grid of the values behind a GELU")
+    gelu: Grid = Field(
+        default="auto",
+        description="grid of the values behind a GELU; auto: the least measured error",
+    )
     edge_bits: int = Field(
         default=8,
         ge=3,

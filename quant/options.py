@@ -35,7 +35,7 @@ class QuantizeOptions:
     head_fold: bool = True
     equalize: bool = True
     softmax: str = "auto"
-    gelu: str = "uniform"
+    gelu: str = "auto"
     edge_bits: int = 8
     keep_8bit: tuple[str, ...] = ("first", "last", "depthwise")
     float_layers: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class Preset:
 
 
 PRESETS: dict[PresetName, Preset] = {
-    "fast": Preset("gptq", 32, "none", 0),
+    "fast": Preset("erq", 32, "none", 0),
     "balanced": Preset("erq", 128, "none", 0),
-    "best": Preset("erq", 256, "plain", 600),
+    "best": Preset("erq", 256, "plain", 300),
 }
