@@ -119,9 +119,8 @@ def markdown(suite: str, rows: list[dict[str, Any]], environment: dict[str, Any]
             lost = f"{r['drop']:.2f} ({r['drop_low']:.2f} … {r['drop_high']:.2f})"
         time = f"{r['ratio']:.2f} ({r['ratio_low']:.2f} … {r['ratio_high']:.2f})"
         time += " noisy" if r["noisy"] else ""
-        lines.append(
-            f"| {r['bits']} | {r['preset']} | {top1} | {lost} | {r['bytes'] / 1e6:.2f} MB | {time} |"
-        )
+        size = f"{r['bytes'] / 1e6:.2f} MB"
+        lines.append(f"| {r['bits']} | {r['preset']} | {top1} | {lost} | {size} | {time} |")
     first = rows[0]
     if first["top1_original"] is not None:
         lines.append("")

@@ -21,12 +21,14 @@ MIN_SCALE = 1e-8
 
 # Parts of the values left out at each end. 0 is min-max; the widest pays at 3 and 4 bits only.
 TAILS = (0.0, 1e-6, 1e-5, 5e-5, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 7e-3, 1e-2, 2e-2, 4e-2)
+# One channel has few values: shorter tails than these hold none of them.
+CHANNEL_TAILS = (0.0, 2e-4, 1e-3, 2e-3, 4e-3, 1e-2, 2e-2, 4e-2)
 # Power of the error that "percentile" minimises, by width. Chosen on a real ViT at 8, 6 and 4 bits
 # (benchmarks/accuracy.py vit --set quantize.activation_range=percentile-mse shows the difference).
 ERROR_POWER = {2: 3.0, 3: 3.0, 4: 3.0, 5: 4.0, 6: 4.0, 7: 10.0, 8: 10.0}
 _CHUNK = 16  # channels searched together: bounds memory at 16 * 169 * 512 floats, 6 MB
 
-WEIGHT_SHRINK_STEPS = 64
+WEIGHT_SHRINK_STEPS = 32
 
 # The progressive search: how far scales are spread in each round, how many grids go on to it,
 # and into how many scales each is split (with three zero points for every one).
@@ -57,7 +59,7 @@ def activation_range(
 ) -> UniformRange:
     """Asymmetric range with an integer zero point.
 
-    ``percentile-mse`` tries all pairs of lower and upper percentiles in ``TAILS`` and keeps the
+    ``percentile-mse`` tries all pairs of lower and upper tails in ``TAILS`` and keeps the
     pair with the least squared error per channel (the initialisation of RepQ-ViT and its
     successors, with both ends free). ``percentile`` does so with the error's power in
     ``ERROR_POWER``: a few huge activations carry a vision transformer's decisions, and a squared
@@ -72,7 +74,8 @@ def activation_range(
         include_zero: widen every range to hold 0.0 exactly. Needed wherever a padded zero may
             meet the quantiser, and for a zero point inside the codes.
     """
-    tails = torch.tensor(TAILS if method != "minmax" else (0.0,))
+    searched = TAILS if len(histogram.low) == 1 else CHANNEL_TAILS
+    tails = torch.tensor(searched if method != "minmax" else (0.0,))
     power = 2.0 if method in ("minmax", "percentile-mse") else ERROR_POWER.get(bits, 2.0)
     parts = [
         _search(
@@ -169,11 +172,18 @@ def _percentiles(histogram: Histogram, tails: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weight_scale(
-    weight: Tensor, bits: int, method: Literal["minmax", "mse"] = "mse", axis: int = 0
+    weight: Tensor,
+    bits: int,
+    method: Literal["minmax", "mse"] = "mse",
+    axis: int = 0,
+    steps: int | None = None,
 ) -> Tensor:
     """Symmetric per-channel scale for codes ``-2**(bits-1) .. 2**(bits-1)-1``.
 
     ``mse`` shrinks the min-max scale in steps and keeps the least squared error per channel.
+
+    Args:
+        steps: how many scales are tried; fewer for a rough answer.
 
     Returns:
         float32 (C,), at least MIN_SCALE, so an all-zero channel gives zero codes, never NaN.
@@ -185,7 +195,7 @@ def weight_scale(
         return widest
     # At 8 bits nothing below 3/4 of the range ever wins; at 2 bits down to a fifth can.
     lowest = {2: 0.2, 3: 0.25, 4: 0.35, 5: 0.5, 6: 0.6, 7: 0.7}.get(bits, 0.75)
-    steps = WEIGHT_SHRINK_STEPS if bits < 7 else WEIGHT_SHRINK_STEPS // 4
+    steps = steps or (WEIGHT_SHRINK_STEPS if bits < 7 else WEIGHT_SHRINK_STEPS // 2)
     best_scale = widest.clone()
     best_error = torch.full_like(widest, torch.inf)
     for factor in torch.linspace(lowest, 1.0, steps).tolist():

@@ -106,3 +106,18 @@ def test_operators_that_write_into_their_input_are_replaced() -> None:
     targets = [n.target for n in model.graph_module.graph.nodes if n.op == "call_function"]
     assert not any(t._schema.is_mutable for t in targets if hasattr(t, "_schema"))
     torch.testing.assert_close(model.graph_module(x), module(x))
+
+
+class FillsASlice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 0].fill_(1.0)
+        z = x + 1
+        rows = z.flatten(1)
+        torch.relu_(z)
+        return y.mean((2, 3)) + rows[:, :3]
+
+
+def test_writes_seen_through_another_name_are_not_lost() -> None:
+    module, x = FillsASlice(), images()
+    torch.testing.assert_close(captured(module).graph_module(x), module(x.clone()))

@@ -88,7 +88,8 @@ def remove_dropout(graph_module: fx.GraphModule) -> None:
 def functionalize(graph_module: fx.GraphModule) -> None:
     """Replace operators that write into their input (``relu_``) by those that don't.
 
-    Passes keep activations to compare and to learn from; none may change under them.
+    Passes keep activations to compare and to learn from; none may change under them. A write
+    that another name for the same memory shows (a slice that is filled) stays as it is.
     """
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     for node in graph_module.graph.nodes:
@@ -100,11 +101,22 @@ def functionalize(graph_module: fx.GraphModule) -> None:
         pure = getattr(aten, packet[:-1], None)
         if pure is None or overload not in pure.overloads():
             continue
-        node.target = getattr(pure, overload)
         written = node.args[0]
+        before = [user for user in written.users if order[user] < order[node]]
+        if written.op != "call_function" or any(map(_is_view, (written, *before))):
+            continue
+        node.target = getattr(pure, overload)
         for user in list(written.users):
             if order[user] > order[node]:  # it would have seen the new value
                 user.replace_input_with(written, node)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's value is another name for its input's memory."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or schema.is_mutable:
+        return False
+    return any(result.alias_info is not None for result in schema.returns)
 
 
 def clean(graph_module: fx.GraphModule) -> None:

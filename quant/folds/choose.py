@@ -19,6 +19,7 @@ from deploykit.quant.ranges import RangeMethod, activation_range, weight_scale
 __all__ = ["FoldChoice", "choose_fold", "norm_candidates"]
 
 SAMPLE_ROWS = 1024
+ROUGH_STEPS = 8  # of the weights' scales: candidates are compared, not made
 
 FoldChoice = tuple[NormCandidate, UniformQuantizer]
 
@@ -100,7 +101,7 @@ def choose_fold(
             weight, at = weight[:, ours], columns[ours]
             wide = weight * ratio[at]
             high = 2 ** (bits - 1)
-            scale = weight_scale(wide, bits, weight_range)[:, None]  # type: ignore[arg-type]
+            scale = weight_scale(wide, bits, weight_range, steps=ROUGH_STEPS)[:, None]  # type: ignore[arg-type]
             rounding = torch.round(wide / scale).clamp_(-high, high - 1) * scale - wide
             of_input = (back - folded)[:, at] @ wide.t()
             of_weight = folded[:, at] @ rounding.t()
