@@ -29,7 +29,7 @@ VARIANTS = {
     "repq": ["w4a4", "w6a6", "w8a8"],
     "adalog": ["w4a4", "w3a3", "w6a6"],
     "onnxruntime": ["minmax", "minmax, all operators", "percentile", "entropy"],
-    "deploykit": ["w8a8", "w6a6", "w4a8", "w4a4"],
+    "deploykit": ["w8a8 fast", "w6a6 fast", "w4a8 fast", "w4a4 fast"],
 }
 TITLES = {
     "repq": "RepQ-ViT",
@@ -80,6 +80,13 @@ def run_one(args: argparse.Namespace, variant: str) -> dict[str, Any]:
             )
             row["notes"] = [*adalog.NOTES, *adalog.deviations(args.gram, args.token_stride)]
             row["memory_told_gib"] = args.memory_gib
+        elif args.peer == "deploykit":
+            from benchmarks import peer_deploykit as ours
+
+            file = ours.quantized_file(backbone, images, variant, Path(folder), watch)
+            run = ours.runner(file, args.threads)
+            row["notes"] = ours.NOTES
+            row["bytes"] = file.stat().st_size
         else:
             from benchmarks import peer_onnxruntime as static
 
@@ -95,33 +102,8 @@ def run_one(args: argparse.Namespace, variant: str) -> dict[str, Any]:
     return row
 
 
-def run_ours(args: argparse.Namespace, bits: str) -> dict[str, Any]:
-    """deploykit itself on the same images: its file, run by ONNX Runtime."""
-    sys.path.insert(0, str(ROOT))
-    import deploykit
-
-    with tempfile.TemporaryDirectory() as folder:
-        report = deploykit.compress(
-            model="vit_small_patch14_dinov2",
-            img_size=168,
-            weights=args.data / "weights" / "dinov2_s_imagenette_168.safetensors",
-            calib=args.data / "imagenette" / "train",
-            calib_images=args.calib_images,
-            data=args.data / "imagenette" / "val",
-            bits=bits,
-            out=Path(folder) / "out",
-            recipe={"evaluation": {"images": args.val_images}},
-            quiet=True,
-        )
-    accuracy = report.find_accuracy("compressed")
-    assert accuracy is not None
-    row = {"variant": bits, "simulation": False, "calibration": report.calibration}
-    row |= {"bytes": report.compressed.bytes, "seconds_of_the_whole_run": report.seconds}
-    return row | accuracy.model_dump(exclude={"artifact", "simulated_top1"})
-
-
 def child(variant: str, reference: Path | None) -> dict[str, Any]:
-    """``run_one`` or ``run_ours`` in a fresh process."""
+    """``run_one`` in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
@@ -231,7 +213,7 @@ def estimate(variants: list[str]) -> None:
 def main() -> None:
     args = arguments()
     if args.child:
-        row = run_ours(args, args.child) if args.peer == "deploykit" else run_one(args, args.child)
+        row = run_one(args, args.child)
         row["environment"] = environment()
         args.child_out.write_text(json.dumps(row), encoding="utf-8")
         return
@@ -241,10 +223,8 @@ def main() -> None:
         return
     entry: dict[str, Any] = {"commit": commit_of(args.clone), "threads": args.threads, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
-        reference = None
-        if args.peer != "deploykit":
-            reference = Path(folder) / "fp32.json"
-            reference.write_text(json.dumps(child("fp32", None)), encoding="utf-8")
+        reference = Path(folder) / "fp32.json"
+        reference.write_text(json.dumps(child("fp32", None)), encoding="utf-8")
         for variant in variants:
             row = child(variant, reference)
             entry["environment"] = row.pop("environment")
