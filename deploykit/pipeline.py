@@ -169,8 +169,7 @@ class _Job:
         """The quantised graph; None where another algorithm makes the file."""
         if self.recipe.quantize.algorithm != "deploykit":
             return None
-        images = self.inputs.calibration
-        size = self.recipe.calibration.batch_size
+        images, size = self.inputs.calibration, self.batch_size
         preset, reason = self.preset
         self.reporter.note(f"preset: {preset} ({reason})")
         made = quantize(
@@ -184,6 +183,11 @@ class _Job:
         record = PassRecord(name="preset", summary=f"{preset}: {reason}", details={})
         return replace(made, records=(record, *made.records))
 
+    @property
+    def batch_size(self) -> int:
+        """Of calibration; 1 where the model fixes it."""
+        return self.recipe.calibration.batch_size if self.source.dynamic_batch else 1
+
     @cached_property
     def preset(self) -> tuple[PresetName, str]:
         """The preset's name, and why it is that one; the same when a run is resumed."""
@@ -193,7 +197,7 @@ class _Job:
         budget = section.time_budget_s or DEFAULT_BUDGET_S
 
         def choose() -> list[str]:
-            batch = next(iter(images.batches(self.recipe.calibration.batch_size)))
+            batch = next(iter(images.batches(self.batch_size)))
             forward = seconds_per_image(self.source, batch)
             choice = choose_preset(*section.widths, forward, images.count, budget)
             return [choice.name, choice.reason]
@@ -264,7 +268,7 @@ class _Job:
         path, images = self.workspace.out / filename, self.inputs.calibration
 
         def write() -> dict[str, object]:
-            captured, size = self.source, self.recipe.calibration.batch_size
+            captured, size = self.source, self.batch_size
             # NNCF starts from the same float file that everything is compared with.
             if captured is self.original:
                 model = (self.workspace.out / "original.onnx").read_bytes()
@@ -299,7 +303,7 @@ class _Job:
         bits, quantized = self.recipe.evaluation.research_integer_ops, self.quantized
         if bits is None or quantized is None:
             return {}
-        images, size = self.inputs.calibration, self.recipe.calibration.batch_size
+        images, size = self.inputs.calibration, self.batch_size
 
         def make() -> Callable[[Tensor], Tensor]:
             graph_module = copy.deepcopy(quantized.graph_module)

@@ -192,7 +192,7 @@ def _scores(
     images: Images,
     reporter: Reporter,
 ) -> list[LayerScores]:
-    size = recipe.calibration.batch_size
+    size = recipe.calibration.batch_size if captured.dynamic_batch else 1
     title = f"score each layer at {', '.join(options.bits)} on {images.count} images"
     passes = 2 + len(set(options.bits) - {FLOAT_BITS})
     with reporter.step(title, total=passes * images.count) as advance:

@@ -61,6 +61,7 @@ def walk_units(
     learnt = options.reconstruction != "none"
     per_unit = options.reconstruction_iterations if learnt else 0
     title = "reconstruct" if learnt else f"round ({options.rounding})"
+    learning = _learning(options, counts) if learnt else None
     logits = _logits(executor, images) if options.reconstruction in ("aphq", "fima") else []
     with steps(title, total=layers + per_unit * len(units)) as advance:
         for index, unit in enumerate(units):
@@ -76,12 +77,10 @@ def walk_units(
                 )
                 round_unit(executor, state, unit, data, rounding)
                 advance(len(unit.layers))
-                if learnt:
+                if learning is not None:
                     rest = [node for later in units[index + 1 :] for node in later.nodes]
                     loss = _loss(executor, unit, rest, floats, logits, options)
-                    reconstruct_unit(
-                        executor, state, unit, data, floats, loss, _learning(options), advance
-                    )
+                    reconstruct_unit(executor, state, unit, data, floats, loss, learning, advance)
                 if cache:
                     cache.keep(name, _kept(state, unit))
             hooks = state.hooks(graph_module.graph)
@@ -128,11 +127,10 @@ def _logits(executor: Executor, images: Sequence[Tensor]) -> list[Tensor]:
     return [run(nodes, executor.image, batch, len(batch)) for batch in images]
 
 
-def _learning(options: QuantizeOptions) -> ReconstructionOptions:
-    assert options.reconstruction != "none"
+def _learning(options: QuantizeOptions, counts: Sequence[int]) -> ReconstructionOptions:
     return ReconstructionOptions(
-        loss=options.reconstruction,
         iterations=options.reconstruction_iterations,
+        batch_size=min(ReconstructionOptions.batch_size, max(counts)),  # a model may fix its batch
         seed=options.seed,
     )
 

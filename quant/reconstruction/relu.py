@@ -114,7 +114,9 @@ def replace_gelu(
         wanted = _outputs(executor, unit, floats, counts, {})
         learner = _Learner(graph_module, unit)
         if learner.gelus:
-            _learn(executor, unit, learner, torch.cat(replaced), torch.cat(wanted), options)
+            size = min(options.batch_size, max(counts))  # a model may fix its batch
+            inputs, outputs = torch.cat(replaced), torch.cat(wanted)
+            _learn(executor, unit, learner, inputs, outputs, replace(options, batch_size=size))
             done.append(learner)
         floats = wanted
         replaced = _outputs(executor, unit, replaced, counts, learner.hooks(None))

@@ -35,7 +35,6 @@ class ReconstructionOptions:
         warm_up: part of the iterations before the penalty starts.
     """
 
-    loss: LossKind = "plain"
     iterations: int = 400
     batch_size: int = 8
     drop: float = 0.5
