@@ -17,7 +17,12 @@ def quantize_options(
         preset: decides what the section leaves open, unless the section names another.
     """
     widths = section.widths
-    chosen = PRESETS[section.preset or preset or "fast"]
+    name = section.preset or preset or "fast"
+    chosen = PRESETS[name]
+    # Eight bits to the nearest code lose nothing that the fitting could win back.
+    plain = name == "fast" and widths.weights >= 8
+    rounding = section.rounding or ("nearest" if plain else chosen.rounding)
+    corrected = section.bias_correction
     return QuantizeOptions(
         weight_bits=widths.weights,
         input_bits=widths.activations,
@@ -32,9 +37,9 @@ def quantize_options(
         keep_8bit=tuple(section.keep_8bit),
         float_layers=tuple(section.float_layers),
         layer_bits=tuple(section.layer_bits.items()),
-        rounding=section.rounding or chosen.rounding,
+        rounding=rounding,
         rounding_images=section.rounding_images or chosen.rounding_images,
-        bias_correction=section.bias_correction,
+        bias_correction=rounding != "nearest" if corrected is None else corrected,
         reconstruction=section.reconstruction or chosen.reconstruction,
         reconstruction_iterations=section.reconstruction_iterations
         or chosen.iterations

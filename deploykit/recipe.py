@@ -198,7 +198,10 @@ class QuantizeSection(Section):
         description="of LayerNorm and GroupNorm: RepQ's, variants of it, SmoothQuant's",
     )
     equalize: bool = Field(default=True, description="cross-layer equalisation of weights")
-    bias_correction: bool = Field(default=True, description="mean output error into the bias")
+    bias_correction: bool | None = Field(
+        default=None,
+        description="mean output error into the bias; None: unless weights are rounded to nearest",
+    )
     head_fold: bool = Field(default=True, description="scales of attention heads into weights")
     softmax: Grid = Field(
         default="auto", description="auto: log-sqrt2 at 4 bits and below, uniform above"

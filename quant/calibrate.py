@@ -21,6 +21,7 @@ from deploykit.quant.options import QuantizeOptions
 from deploykit.quant.plan import MOVES, is_gelu_output, is_softmax_output
 from deploykit.quant.quantizers import get_quantizer
 from deploykit.quant.quantizers.registry import FittedQuantizer
+from deploykit.quant.ranges import error_power
 from deploykit.quant.state import QuantState
 from deploykit.types import PassRecord
 
@@ -86,8 +87,8 @@ def fit(
     activations: dict[tuple[str, int], FittedQuantizer] = {}
     records = []
     histograms = dict(observed.histograms)
+    method = options.activation_range
     if options.head_fold:
-        method = options.activation_range
         records.append(fold_values(graph_module, plans, histograms, method, activations))
     if options.norm_fold != "off":
         records.append(_fold_norms(graph_module, plans, observed, options, activations))
@@ -96,9 +97,10 @@ def fit(
             histogram = histograms[Watch(source)]
             kind = _kind(nodes[source], options)
             if kind == "auto":
-                _, quantizer, _ = choose_quantizer(
-                    histogram, bits, LOG_FORMS, options.activation_range
-                )
+                # A softmax's errors are summed up; few large activations decide elsewhere.
+                summed = is_softmax_output(nodes[source])
+                power = 2.0 if summed else error_power(bits, method)
+                _, quantizer, _ = choose_quantizer(histogram, bits, LOG_FORMS, method, power)
             else:
                 quantizer = get_quantizer(kind).fit(histogram, bits, options.activation_range)
             activations[source, bits] = quantizer

@@ -11,7 +11,7 @@ from torch import Tensor
 from deploykit.quant.observers import Histogram
 
 __all__ = ["ERROR_POWER", "MIN_SCALE", "RangeMethod", "UniformRange", "activation_range",
-           "weight_scale"]  # fmt: skip
+           "error_power", "weight_scale"]  # fmt: skip
 
 RangeMethod = Literal["minmax", "percentile", "percentile-mse", "progressive"]
 
@@ -50,6 +50,11 @@ class UniformRange:
         self.scale, self.zero_point, self.error = scale, zero_point, error
 
 
+def error_power(bits: int, method: RangeMethod) -> float:
+    """The power of the error that a method minimises at a width."""
+    return 2.0 if method in ("minmax", "percentile-mse") else ERROR_POWER.get(bits, 2.0)
+
+
 def activation_range(
     histogram: Histogram,
     bits: int,
@@ -76,7 +81,7 @@ def activation_range(
     """
     searched = TAILS if len(histogram.low) == 1 else CHANNEL_TAILS
     tails = torch.tensor(searched if method != "minmax" else (0.0,))
-    power = 2.0 if method in ("minmax", "percentile-mse") else ERROR_POWER.get(bits, 2.0)
+    power = error_power(bits, method)
     parts = [
         _search(
             Histogram(
