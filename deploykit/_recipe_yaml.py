@@ -84,13 +84,27 @@ def parse_value(text: str, source: str) -> Any:
     return value
 
 
+def _texts(data: object) -> Iterator[str]:
+    """Every text in nested data."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from _texts(key)
+            yield from _texts(value)
+    elif isinstance(data, (list, tuple)):
+        for value in data:
+            yield from _texts(value)
+
+
 def dump_yaml(data: Mapping[str, Any]) -> str:
     """Deterministic block-style YAML of plain data, keys in the order given."""
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # untyped default
-    yaml.allow_unicode = True
+    # Escaped: a next-line character, for one, is read back as a line break where it stands bare.
+    yaml.allow_unicode = all(text.isprintable() for text in _texts(data))
     yaml.width = 10_000  # folding would make a diff of a long list unreadable
     yaml.dump(dict(data), stream)
     return stream.getvalue()

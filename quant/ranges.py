@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deploykit.quant.observers import Histogram
+from deploykit.quant.observers import CHANNEL_BINS, Histogram
 
 __all__ = ["ERROR_POWER", "MIN_SCALE", "RangeMethod", "UniformRange", "activation_range",
            "error_power", "weight_scale"]  # fmt: skip
@@ -79,7 +79,7 @@ def activation_range(
         include_zero: widen every range to hold 0.0 exactly. Needed wherever a padded zero may
             meet the quantiser, and for a zero point inside the codes.
     """
-    searched = TAILS if len(histogram.low) == 1 else CHANNEL_TAILS
+    searched = CHANNEL_TAILS if histogram.counts.shape[1] <= CHANNEL_BINS else TAILS
     tails = torch.tensor(searched if method != "minmax" else (0.0,))
     power = error_power(bits, method)
     parts = [

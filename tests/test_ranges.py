@@ -137,7 +137,7 @@ def test_histograms_hold_exact_extremes_and_every_value() -> None:
 
 def test_batches_add_up_to_the_whole() -> None:
     graph_module = captured(tiny_cnn()).graph_module
-    watches = [Watch("x"), Watch(nodes_of(graph_module, aten.relu_.default)[0].name, 1)]
+    watches = [Watch("x"), Watch(nodes_of(graph_module, aten.relu.default)[0].name, 1)]
     x = images(6)
     one = collect_histograms(graph_module, watches, lambda: [x])
     many = collect_histograms(graph_module, watches, lambda: [x[:1], x[1:3], x[3:]])

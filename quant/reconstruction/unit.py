@@ -31,6 +31,8 @@ class ReconstructionOptions:
 
     Attributes:
         iterations: per unit. The papers use 20,000 with a learning rate of 1e-3.
+        rounding_travel: how far a logit can move in all its steps, about (Adam moves it by the
+            learning rate each time): from one rounding to the other takes 4.
         rounding_weight: of the penalty that pushes roundings to 0 or 1.
         warm_up: part of the iterations before the penalty starts.
     """
@@ -38,7 +40,7 @@ class ReconstructionOptions:
     iterations: int = 400
     batch_size: int = 8
     drop: float = 0.5
-    rounding_rate: float = 1e-2
+    rounding_travel: float = 4.0
     scale_rate: float = 4e-5
     bias_rate: float = 1e-4
     rounding_weight: float = 0.01
@@ -77,8 +79,9 @@ class _Learner:
 
     def groups(self, options: ReconstructionOptions) -> list[dict[str, Any]]:
         scales = [a.scale for a in self.activations.values() if a.scale is not None]
+        rate = options.rounding_travel / options.iterations
         return [
-            {"params": [w.logits for w in self.weights.values()], "lr": options.rounding_rate},
+            {"params": [w.logits for w in self.weights.values()], "lr": rate},
             {"params": list(self.biases.values()), "lr": options.bias_rate},
             {"params": scales, "lr": options.scale_rate},
         ]
