@@ -11,6 +11,7 @@ from deploykit.quant.sensitivity import FLOAT_BITS, LayerScores
 __all__ = ["CollapsedLayer", "find_collapse"]
 
 SQNR_FLOOR_DB = 10.0  # a tenth of the output's energy is noise
+NOISY_DB = 20.0  # a hundredth; a layer above it is no collapse, however large its share of little
 SHARE = 0.25  # of the sum of all layers' scores …
 TIMES_MEDIAN = 10.0  # … and this many times the score in the middle: in a small network
 # every layer has a large share
@@ -38,8 +39,8 @@ class CollapsedLayer:
 def find_collapse(layers: Sequence[LayerScores], bits: str) -> list[CollapsedLayer]:
     """The layers that collapse at some bits, worst first.
 
-    One collapses if its own output has an SQNR below 10 dB, or if it makes more than a quarter of
-    all loss and ten times that of the middle layer.
+    One collapses if its own output has an SQNR below 10 dB, or below 20 dB while it makes more
+    than a quarter of all loss and ten times that of the middle layer.
     """
     found = []
     for row in layers:
@@ -70,6 +71,7 @@ def _reason(layers: Sequence[LayerScores], row: LayerScores, bits: str) -> str |
         reasons.append(f"its output's SQNR is {row.sqnr_db[bits]:.1f} dB")
     score = row.scores[bits]
     middle = statistics.median(other.scores[bits] for other in layers if bits in other.scores)
-    if score > SHARE * _total(layers, bits) and score > TIMES_MEDIAN * middle:
+    dominates = score > SHARE * _total(layers, bits) and score > TIMES_MEDIAN * middle
+    if dominates and row.sqnr_db[bits] < NOISY_DB:
         reasons.append(f"it makes {score / _total(layers, bits):.0%} of all layers' loss")
     return " and ".join(reasons) or None
