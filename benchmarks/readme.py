@@ -16,6 +16,9 @@ TITLES = {
     "demo": "The demo: SHViT-S1, Fashion-MNIST, 112 px (`make demo` runs its first line)",
     "vit": "A real ViT-S/14 at 168 px, fine-tuned from DINOv2, on Imagenette",
     "efficientnet": "EfficientNet-Lite0, 1000 classes, on 650 ImageNet validation images",
+    "peers": "Other tools on the same weights and the same 32 calibration images",
+    "ladder": "What each ingredient adds: W4A4 on the real ViT",
+    "growth": "What quantising costs",
     "shvit_s4": "SHViT-S4 at 256 px, untrained here: size and speed only",
 }
 

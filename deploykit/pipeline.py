@@ -194,6 +194,8 @@ class _Job:
         section, images = self.recipe.quantize, self.inputs.calibration
         if section.preset is not None:
             return section.preset, "as asked"
+        if not self.backbone.weights.trained:
+            return "fast", "no accuracy to win on untrained weights"
         budget = section.time_budget_s or DEFAULT_BUDGET_S
 
         def choose() -> list[str]:
