@@ -98,7 +98,16 @@ def main() -> None:
         row |= {"rung": name, "seconds": round(seconds, 1), "sqnr_db": sqnr_db(exact, logits)}
         rows.append(row)
         print(json.dumps(row), flush=True)
-    data = {"environment": environment(), "calibration": described, "rows": rows}
+    options_given = [f"--calib-images {args.calib_images}"]
+    options_given += [f"--images {args.images}"] if args.images else []
+    options_given += ["--rungs " + " ".join(map(str, args.rungs))] if args.rungs else []
+    command = " ".join(["python benchmarks/ladder.py", *options_given])
+    data = {
+        "command": command,
+        "environment": environment(),
+        "calibration": described,
+        "rows": rows,
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "ladder.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     (RESULTS / "ladder.md").write_text(markdown(data), encoding="utf-8")
@@ -109,8 +118,9 @@ def markdown(data: dict[str, Any]) -> str:
     """The ladder as a table."""
     rows, where = data["rows"], data["environment"]
     lines = [
-        f"Made by `python benchmarks/ladder.py`; {where['cpu']}, {where['cores_allowed']} cores. "
-        "Each rung adds one ingredient to those above it; accuracy is that of the ONNX file.",
+        f"Made by `{data['command']}`; {where['cpu']}, {where['cores_allowed']} cores. "
+        "Each rung adds its ingredient, and those of rungs left out, to the ones above; accuracy is "
+        "that of the ONNX file.",
         "",
         "| W4A4, the real ViT | top-1 | lost, points (95 %) | logits' SQNR | seconds to make |",
         "|:--|--:|--:|--:|--:|",
