@@ -119,8 +119,8 @@ def markdown(data: dict[str, Any]) -> str:
     rows, where = data["rows"], data["environment"]
     lines = [
         f"Made by `{data['command']}`; {where['cpu']}, {where['cores_allowed']} cores. "
-        "Each rung adds its ingredient, and those of rungs left out, to the ones above; accuracy is "
-        "that of the ONNX file.",
+        "Each rung adds its ingredient, and those of rungs left out, to the ones above; accuracy "
+        "is that of the ONNX file.",
         "",
         "| W4A4, the real ViT | top-1 | lost, points (95 %) | logits' SQNR | seconds to make |",
         "|:--|--:|--:|--:|--:|",
