@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deploykit.graph.quantized import FLOAT
 from deploykit.graph.signal import sqnr_db
-from deploykit.quant.state import QuantState, call
+from deploykit.quant.state import QuantState
 
 __all__ = ["layer_sqnr"]
 
@@ -25,10 +24,7 @@ class _LayerErrors(fx.Interpreter):
         plan = self.state.plans.get(n.name)
         if plan is not None and not plan.is_float:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            quantized = self.state.quantized_inputs(n, args)
-            if n.name in self.state.weights and plan.weight_bits != FLOAT:
-                quantized[1] = self.state.weights[n.name].dequantize()
-            self.found[n.name] = sqnr_db(result, call(n, quantized))
+            self.found[n.name] = sqnr_db(result, self.state.layer(n, args))
         return result
 
 

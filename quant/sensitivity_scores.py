@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 
 from deploykit.errors import DeploykitError
 from deploykit.quant.sensitivity_setup import Prepared
-from deploykit.quant.state import call
 
 __all__ = ["Metric", "Tally", "score_layers"]
 
@@ -131,14 +130,7 @@ class _Walk(fx.Interpreter):
 
     def run_quantized(self, node: fx.Node) -> Any:
         """The node's result with quantised inputs and weight."""
-        return self.apply(node, self.fetch_args_kwargs_from_env(node)[0])
-
-    def apply(self, node: fx.Node, args: Sequence[Any]) -> Any:
-        state = self.prepared.state
-        changed = state.quantized_inputs(node, args)
-        if node.name in state.weights:
-            changed[1] = state.weights[node.name].dequantize()
-        return call(node, changed)
+        return self.prepared.state.layer(node, self.fetch_args_kwargs_from_env(node)[0])
 
     def fork(self, start: int, quantized: Iterable[str]) -> Tensor:
         """Logits with some layers quantised, from the present values on; these stay as they are."""
@@ -240,7 +232,7 @@ def _with_gradients(
             for name in members:
                 result, gradient = kept.results[name], gradients[name]
                 args = [a.detach() if isinstance(a, Tensor) else a for a in kept.args[name]]
-                quantized = walk.apply(nodes[name], args)
+                quantized = walk.prepared.state.layer(nodes[name], args)
                 _add_noise(tally, result, quantized)
                 if metric == "fisher":
                     squares = (result.double() - quantized.double()) * gradient.double()

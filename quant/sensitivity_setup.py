@@ -8,16 +8,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx
 
 from deploykit.graph.capture import CapturedModel
-from deploykit.graph.edit import constant
-from deploykit.graph.quantized import FLOAT, LayerPlan
+from deploykit.graph.quantized import LayerPlan
 from deploykit.quant.calibrate import Observed, fit, foldable, observe
-from deploykit.quant.folds.batch_norm import fold_batch_norm
-from deploykit.quant.folds.equalize import equalize_layers
 from deploykit.quant.options import QuantizeOptions
-from deploykit.quant.plan import plan_layers
-from deploykit.quant.quantizers.uniform import UniformQuantizer
+from deploykit.quant.prepare import fold_layers, planned
 from deploykit.quant.state import QuantState
-from deploykit.quant.weights import QuantizedWeight, quantize_weight
 
 __all__ = ["Calibrated", "Prepared", "calibrate", "plans_at", "prepare"]
 
@@ -47,15 +42,8 @@ def plans_at(
     graph_module: fx.GraphModule, options: QuantizeOptions, weight_bits: int, input_bits: int
 ) -> dict[str, LayerPlan]:
     """Every layer's plan in a model of these widths throughout, by node name."""
-    found = plan_layers(
-        graph_module,
-        weight_bits,
-        input_bits,
-        edge_bits=options.edge_bits,
-        keep_8bit=options.keep_8bit,
-        float_layers=options.float_layers,
-    )
-    return {plan.node: plan for plan in found}
+    at = replace(options, weight_bits=weight_bits, input_bits=input_bits, layer_bits=())
+    return planned(graph_module, at)
 
 
 def calibrate(
@@ -72,9 +60,7 @@ def calibrate(
         progress: called with the number of images done, over both passes.
     """
     model = captured.copy()
-    fold_batch_norm(model.graph_module)
-    if options.equalize:
-        equalize_layers(model.graph_module)
+    fold_layers(model.graph_module, options)
     plans = plans_at(model.graph_module, options, 8, 8)
     groups = foldable(model.graph_module, plans) if options.norm_fold != "off" else []
     return Calibrated(
@@ -98,28 +84,5 @@ def prepare(
     plans = plans_at(graph_module, options, weight_bits, input_bits)
     options = replace(options, weight_bits=weight_bits, input_bits=input_bits, layer_bits=())
     state, _ = fit(graph_module, plans, calibrated.observed, options)
-    nodes = {node.name: node for node in graph_module.graph.nodes}
-    for name, plan in plans.items():
-        if plan.weight_bits is not None and plan.weight_bits != FLOAT:
-            bits = plan.weight_bits
-            state.weights[name] = _codes(graph_module, nodes[name], bits, state, options)
+    state.round_to_nearest(graph_module, options.weight_range)
     return Prepared(graph_module, state)
-
-
-def _codes(
-    graph_module: fx.GraphModule,
-    node: fx.Node,
-    bits: int,
-    state: QuantState,
-    options: QuantizeOptions,
-) -> QuantizedWeight:
-    weight = constant(graph_module, node.args[1])
-    assert weight is not None
-    quantizer = state.input_quantizer(node)
-    return quantize_weight(
-        weight,
-        bits,
-        options.weight_range,
-        bias=constant(graph_module, node.args[2]) if len(node.args) > 2 else None,
-        input_scale=quantizer.scale if isinstance(quantizer, UniformQuantizer) else None,
-    )

@@ -48,7 +48,8 @@ def walk_units(
     """Choose every weight's codes and every bias, in the order the layers run, into ``state``.
 
     Memory: the inputs of one unit for all ``rounding_images``, twice (three times while it is
-    reconstructed), a layer's second moments, and a batch's activations.
+    reconstructed), ``rounding.layer.LIVE_BYTES`` of what is between two of its layers, a layer's
+    second moments, and a batch's activations.
     """
     executor = Executor(graph_module)
     units = split_units(graph_module.graph, state.plans)
@@ -57,43 +58,56 @@ def walk_units(
         executor.prepare(batch)
     counts = [len(batch) for batch in images]
     data = UnitData(images, images, counts)
-    layers = sum(len(unit.layers) for unit in units)
-    learnt = options.reconstruction != "none"
-    per_unit = options.reconstruction_iterations if learnt else 0
-    title = "reconstruct" if learnt else f"round ({options.rounding})"
-    learning = _learning(options, counts) if learnt else None
-    logits = _logits(executor, images) if options.reconstruction in ("aphq", "fima") else []
-    with steps(title, total=layers + per_unit * len(units)) as advance:
+    rounding = RoundingOptions(options.rounding, options.weight_range, options.bias_correction)
+    learner = None
+    if options.reconstruction != "none":
+        learner = _Learner(executor, units, options, images)
+    per_unit = learner.options.iterations if learner else 0
+    hooks = state.hooks(graph_module.graph)
+    title = "reconstruct" if learner else f"round ({options.rounding})"
+    total = sum(len(unit.layers) for unit in units) + per_unit * len(units)
+    with steps(title, total=total) as advance:
         for index, unit in enumerate(units):
-            floats = _outputs(executor, unit, data.float_inputs, counts)
             name = f"unit-{index:03d}"
             kept = cache.tensors(name) if cache else None
             if kept is not None:
                 _restore(state, unit, kept)
-                advance(len(unit.layers) + per_unit)
+                outputs = None
             else:
-                rounding = RoundingOptions(
-                    options.rounding, options.weight_range, options.bias_correction
-                )
-                round_unit(executor, state, unit, data, rounding)
+                outputs = round_unit(executor, state, unit, data, rounding, hooks)
                 advance(len(unit.layers))
-                if learning is not None:
-                    rest = [node for later in units[index + 1 :] for node in later.nodes]
-                    loss = _loss(executor, unit, rest, floats, logits, options)
-                    reconstruct_unit(executor, state, unit, data, floats, loss, learning, advance)
+                if learner:
+                    learner.learn(index, state, data, outputs.floats, advance)
                 if cache:
                     cache.keep(name, _kept(state, unit))
-            hooks = state.hooks(graph_module.graph)
-            quantized = _outputs(executor, unit, data.quantized_inputs, counts, hooks)
-            data = UnitData(floats, quantized, counts)
+            data = _next(executor, unit, data, outputs, hooks, learnt=learner is not None)
+            if kept is not None:
+                advance(len(unit.layers) + per_unit)
     summary = f"{len(state.weights)} weights rounded by {options.rounding} on {sum(counts)} images"
-    if learnt:
+    if learner:
         summary += (
             f"; {len(units)} units reconstructed, {options.reconstruction} loss, "
             f"{per_unit} steps each"
         )
     details = {"units": [unit.name for unit in units], "biases_corrected": len(state.biases)}
     return [PassRecord(name="round", summary=summary, details=details)]
+
+
+def _next(
+    executor: Executor,
+    unit: Unit,
+    data: UnitData,
+    outputs: UnitData | None,
+    hooks: Mapping[str, Hook],
+    *,
+    learnt: bool,
+) -> UnitData:
+    """The next unit's inputs: this one's outputs, run again if it changed since, or never ran."""
+    floats = outputs.floats if outputs else executor.outputs(unit, data.floats, data.counts)
+    if outputs is not None and not learnt:
+        return outputs
+    quantized = executor.outputs(unit, data.quantized, data.counts, hooks)
+    return UnitData(floats, quantized, data.counts)
 
 
 def take(batches: Iterable[Tensor], count: int) -> list[Tensor]:
@@ -107,66 +121,71 @@ def take(batches: Iterable[Tensor], count: int) -> list[Tensor]:
     return taken
 
 
-@torch.no_grad()
-def _outputs(
-    executor: Executor,
-    unit: Unit,
-    inputs: Sequence[Tensor],
-    counts: Sequence[int],
-    hooks: Mapping[str, Hook] | None = None,
-) -> list[Tensor]:
-    return [
-        executor.run(unit.nodes, unit.source, x, count, hooks)
-        for x, count in zip(inputs, counts, strict=True)
-    ]
+class _Learner:
+    """Reconstruction of one unit after the other, by the loss that was asked for."""
 
-
-@torch.no_grad()
-def _logits(executor: Executor, images: Sequence[Tensor]) -> list[Tensor]:
-    run, nodes = executor.run, executor.activations
-    return [run(nodes, executor.image, batch, len(batch)) for batch in images]
-
-
-def _learning(options: QuantizeOptions, counts: Sequence[int]) -> ReconstructionOptions:
-    return ReconstructionOptions(
-        iterations=options.reconstruction_iterations,
-        batch_size=min(ReconstructionOptions.batch_size, max(counts)),  # a model may fix its batch
-        seed=options.seed,
-    )
-
-
-def _loss(
-    executor: Executor,
-    unit: Unit,
-    rest: Sequence[fx.Node],
-    outputs: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    options: QuantizeOptions,
-) -> OutputLoss:
-    """The loss of a unit; ``rest`` are the operators after it."""
-    if options.reconstruction == "plain" or not rest:
-        return PlainLoss()
-
-    def suffix(output: Tensor) -> Tensor:
-        executor.prepare(torch.empty(len(output), *executor.image_shape))
-        result: Tensor = executor.run(rest, unit.output, output, len(output))
-        return result
-
-    if options.reconstruction == "aphq":
-        total = sum(
-            perturbation_hessian(suffix, output, wanted) * len(output)
-            for output, wanted in zip(outputs, logits, strict=True)
+    def __init__(
+        self,
+        executor: Executor,
+        units: Sequence[Unit],
+        options: QuantizeOptions,
+        images: Sequence[Tensor],
+    ) -> None:
+        self.executor, self.units = executor, units
+        self.kind, self.weight_bits = options.reconstruction, options.weight_bits
+        largest = max(len(batch) for batch in images)
+        self.options = ReconstructionOptions(
+            iterations=options.reconstruction_iterations,
+            batch_size=min(ReconstructionOptions.batch_size, largest),  # a model may fix its batch
+            seed=options.seed,
         )
-        assert isinstance(total, Tensor)
-        return WeightedLoss(importance(total / sum(len(output) for output in outputs)))
+        self.logits = self._logits(images) if self.kind in ("aphq", "fima") else []
 
-    def gradient(output: Tensor, wanted: Tensor) -> Tensor:
-        with torch.no_grad():
-            goal = suffix(wanted)
-        return output_gradient(suffix, output, goal).abs().mean(0)
+    @torch.no_grad()
+    def _logits(self, images: Sequence[Tensor]) -> list[Tensor]:
+        run, nodes = self.executor.run, self.executor.activations
+        return [run(nodes, self.executor.image, batch, len(batch)) for batch in images]
 
-    rank = FISHER_RANK.get(options.weight_bits, FISHER_RANK_ELSE)
-    return FisherLoss(gradient, rank, max(options.reconstruction_iterations // rank, 1))
+    def learn(
+        self,
+        index: int,
+        state: QuantState,
+        data: UnitData,
+        outputs: Sequence[Tensor],
+        advance: Callable[[float], None],
+    ) -> None:
+        """Reconstruct a unit towards the float model's ``outputs``, into ``state``."""
+        loss = self._loss(index, outputs)
+        reconstruct_unit(
+            self.executor, state, self.units[index], data, outputs, loss, self.options, advance
+        )
+
+    def _loss(self, index: int, outputs: Sequence[Tensor]) -> OutputLoss:
+        unit, executor = self.units[index], self.executor
+        rest = [node for later in self.units[index + 1 :] for node in later.nodes]
+        if self.kind == "plain" or not rest:
+            return PlainLoss()
+
+        def suffix(output: Tensor) -> Tensor:
+            executor.prepare(torch.empty(len(output), *executor.image_shape))
+            result: Tensor = executor.run(rest, unit.output, output, len(output))
+            return result
+
+        if self.kind == "aphq":
+            total = sum(
+                perturbation_hessian(suffix, output, wanted) * len(output)
+                for output, wanted in zip(outputs, self.logits, strict=True)
+            )
+            assert isinstance(total, Tensor)
+            return WeightedLoss(importance(total / sum(len(output) for output in outputs)))
+
+        def gradient(output: Tensor, wanted: Tensor) -> Tensor:
+            with torch.no_grad():
+                goal = suffix(wanted)
+            return output_gradient(suffix, output, goal).abs().mean(0)
+
+        rank = FISHER_RANK.get(self.weight_bits, FISHER_RANK_ELSE)
+        return FisherLoss(gradient, rank, max(self.options.iterations // rank, 1))
 
 
 def _kept(state: QuantState, unit: Unit) -> dict[str, Tensor]:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from deploykit.quant.ranges import weight_scale
 
-__all__ = ["QuantizedBias", "QuantizedWeight", "bias_floor", "quantize_bias", "quantize_weight"]
+__all__ = [
+    "QuantizedBias",
+    "QuantizedWeight",
+    "quantize_bias",
+    "quantize_weight",
+    "safe_scale",
+    "symmetric_codes",
+]
 
 _BIAS_CODES = 2**30  # leaves a bit of the int32 accumulator for the products
 
@@ -56,18 +63,28 @@ def quantize_weight(
         bias, input_scale: if given, a channel's scale is kept large enough for its bias to fit
             int32 codes. That matters for all-zero channels, whose scale is otherwise arbitrary.
     """
-    scale = weight_scale(weight, bits, method)
-    if bias is not None and input_scale is not None:
-        scale = torch.maximum(scale, bias_floor(bias, input_scale))
-    shape = [-1] + [1] * (weight.ndim - 1)
-    codes = torch.round(weight.float() / scale.reshape(shape))
-    codes = codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    scale = safe_scale(weight, bits, method, bias, input_scale)
+    codes = symmetric_codes(weight.float(), scale.reshape(-1, *[1] * (weight.ndim - 1)), bits)
     return QuantizedWeight(codes.to(torch.int8), scale, bits)
 
 
-def bias_floor(bias: Tensor, input_scale: float) -> Tensor:
-    """The least weight scales (out,) with which a bias fits int32 codes."""
-    return bias.abs().float() / (input_scale * _BIAS_CODES)
+def safe_scale(
+    weight: Tensor,
+    bits: int,
+    method: Literal["minmax", "mse"],
+    bias: Tensor | None,
+    input_scale: float | None,
+) -> Tensor:
+    """``weight_scale``, float32 (out,), with which the bias fits int32 codes, too."""
+    scale = weight_scale(weight, bits, method)
+    if bias is None or input_scale is None:
+        return scale
+    return torch.maximum(scale, bias.abs().float() / (input_scale * _BIAS_CODES))
+
+
+def symmetric_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Nearest codes ``-2**(bits-1) .. 2**(bits-1)-1`` as floats; scale broadcasts to weight."""
+    return torch.round(weight / scale).clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def quantize_bias(bias: Tensor, input_scale: float, weight: QuantizedWeight) -> QuantizedBias:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deploykit.graph.signal import sqnr_db
 from deploykit.quant.quantize import QuantizeOptions, quantize
 from deploykit.quant.ranges import weight_scale
+from deploykit.quant.rounding import layer
 from deploykit.quant.rounding.closed_form import gptq_codes, ridge_correction
 from deploykit.quant.rounding.moments import LayerMoments, LayerShape
 from tests.graphs import aten, batches, captured, images, nodes_of, shake
@@ -120,12 +121,24 @@ def test_moments_predict_what_a_changed_weight_does(name: str) -> None:
         moved = [x, weight + change, *args[2:]]
         error = node.target(*moved) - node.target(*args)  # type: ignore[operator]
         parts.update(node, args, error)
-    moments = parts.both
+    moments = parts.both()
     matrices = moments.shape.matrices(change)
     predicted = (matrices @ moments.input_mean[..., None])[..., 0]
     torch.testing.assert_close(predicted, moments.error_mean, rtol=1e-4, atol=1e-5)
     through = moments.covariance() @ matrices.transpose(1, 2)
     torch.testing.assert_close(through, moments.cross_covariance(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(HOSTS)[:2])
+def test_what_is_kept_between_layers_changes_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, size = HOSTS[name]
+    model, x = captured(make(), size), images(8, size, seed=1)
+    options = QuantizeOptions(4, 4, rounding="erq", rounding_images=8)
+    kept = quantize(model, options, lambda: [x])(x)
+    monkeypatch.setattr(layer, "LIVE_BYTES", 0)
+    assert torch.equal(quantize(model, options, lambda: [x])(x), kept)
 
 
 @pytest.mark.parametrize("name", HOSTS)

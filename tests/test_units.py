@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deploykit._compat import timm
 from deploykit.graph.capture import CapturedModel
 from deploykit.quant.plan import plan_layers
-from deploykit.quant.state import Executor
+from deploykit.quant.state import Executor, Run
 from deploykit.quant.units import Unit, activation_nodes, split_units
 from tests.graphs import captured, images, shake, tiny_cnn, tiny_shvit, tiny_vit
 
@@ -84,8 +84,24 @@ def test_running_part_of_a_graph_replaces_what_it_is_told_to() -> None:
         {head.name: lambda n, a: 2 * n.target(*a)},  # type: ignore[operator]
     )
     torch.testing.assert_close(twice, 2 * model.graph_module(x), rtol=1e-5, atol=1e-6)
-    before = executor.run(nodes, executor.image, x, len(x), stop=head)
-    torch.testing.assert_close(before, model.graph_module(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_stops_and_goes_on_or_begins_anew() -> None:
+    model, x = host("vit")
+    executor = Executor(model.graph_module)
+    executor.prepare(x)
+    nodes = executor.activations
+    (head,) = [node for node in nodes if node.name == "linear_8"]
+    run = Run(executor, nodes, executor.image, x, len(x))
+    first = run.before(head, {})
+    assert run.live_bytes >= first[0].nbytes
+    torch.testing.assert_close(run.step({}), model.graph_module(x), rtol=1e-5, atol=1e-6)
+    run.rewind()
+    assert run.live_bytes == 0
+    again = run.before(head, {})
+    assert torch.equal(again[0], first[0])
+    doubled = run.finish({head.name: lambda n, a: 2 * n.target(*a)})  # type: ignore[operator]
+    torch.testing.assert_close(doubled, 2 * model.graph_module(x), rtol=1e-5, atol=1e-6)
 
 
 class InPlace(nn.Module):

@@ -39,6 +39,11 @@ class ReluOptions:
     clamp: float = 0.98
     seed: int = 0
 
+    @classmethod
+    def at(cls, weight_bits: int, seed: int) -> ReluOptions:
+        """The paper's clamping quantile for a width."""
+        return cls(clamp=0.99 if weight_bits <= 3 else 0.98, seed=seed)
+
 
 class _Learner:
     """The weights around the GELUs of a unit, as parameters."""
@@ -47,13 +52,12 @@ class _Learner:
         self.gelus = [node for node in unit.nodes if is_op(node, aten.gelu.default)]
         inside = set(unit.nodes)
         layers = [layer for gelu in self.gelus for layer in _around(gelu) if layer in inside]
-        self.parameters: dict[str, list[nn.Parameter | None]] = {}
+        self.parameters: dict[fx.Node, list[nn.Parameter | None]] = {}
         for layer in dict.fromkeys(layers):
             values = [constant(graph_module, arg) for arg in [*layer.args[1:3], None][:2]]
-            self.parameters[layer.name] = [
+            self.parameters[layer] = [
                 None if value is None else nn.Parameter(value.float().clone()) for value in values
             ]
-        self.layers = list(dict.fromkeys(layers))
 
     def hooks(self, clamp: float | None) -> dict[str, Hook]:
         """ReLU in the GELUs' place, cut at a quantile of its positive values if asked."""
@@ -67,15 +71,14 @@ class _Learner:
             return hidden.clamp(max=float(torch.quantile(positive[::step], clamp)))
 
         def layer(node: fx.Node, args: Sequence[Any]) -> Any:
-            weight, bias = self.parameters[node.name]
+            weight, bias = self.parameters[node]
             return call(node, [args[0], weight, bias, *args[3:]])
 
-        names = dict.fromkeys(self.parameters, layer)
+        names = dict.fromkeys([node.name for node in self.parameters], layer)
         return names | dict.fromkeys([gelu.name for gelu in self.gelus], relu)
 
     def write(self, graph_module: fx.GraphModule) -> None:
-        for layer in self.layers:
-            values = self.parameters[layer.name]
+        for layer, values in self.parameters.items():
             nodes = [
                 None if value is None else add_tensor(
                     graph_module, f"{layer_name(layer)}.relu_{part}", value.detach(), layer
@@ -111,7 +114,7 @@ def replace_gelu(
     floats = replaced = list(images)
     done: list[_Learner] = []
     for unit in units:
-        wanted = _outputs(executor, unit, floats, counts, {})
+        wanted = executor.outputs(unit, floats, counts)
         learner = _Learner(graph_module, unit)
         if learner.gelus:
             size = min(options.batch_size, max(counts))  # a model may fix its batch
@@ -119,7 +122,7 @@ def replace_gelu(
             _learn(executor, unit, learner, inputs, outputs, replace(options, batch_size=size))
             done.append(learner)
         floats = wanted
-        replaced = _outputs(executor, unit, replaced, counts, learner.hooks(None))
+        replaced = executor.outputs(unit, replaced, counts, learner.hooks(None))
         if progress is not None:
             progress(1)
     error = sum(float((a - b).square().sum()) for a, b in zip(floats, replaced, strict=True))
@@ -164,20 +167,6 @@ def _learn(
         schedule.step()
 
 
-@torch.no_grad()
-def _outputs(
-    executor: Executor,
-    unit: Unit,
-    inputs: Sequence[Tensor],
-    counts: Sequence[int],
-    hooks: dict[str, Hook],
-) -> list[Tensor]:
-    return [
-        executor.run(unit.nodes, unit.source, x, count, hooks)
-        for x, count in zip(inputs, counts, strict=True)
-    ]
-
-
 def _around(gelu: fx.Node) -> list[fx.Node]:
     """The layers before and after a GELU, seen through moves."""
     found = []
@@ -194,8 +183,3 @@ def _around(gelu: fx.Node) -> list[fx.Node]:
         elif is_op(user, *LAYER_OPS):
             found.append(user)
     return found  # type: ignore[return-value]
-
-
-def options_for(weight_bits: int, seed: int) -> ReluOptions:
-    """The paper's clamping quantiles by width."""
-    return replace(ReluOptions(seed=seed), clamp=0.99 if weight_bits <= 3 else 0.98)

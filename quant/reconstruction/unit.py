@@ -133,7 +133,7 @@ def reconstruct_unit(
         loss: of an output against its target.
     """
     learner = _Learner(executor, state, unit, options.drop, options.seed)
-    floats, quantized = torch.cat(data.float_inputs), torch.cat(data.quantized_inputs)
+    floats, quantized = torch.cat(data.floats), torch.cat(data.quantized)
     wanted = torch.cat(list(targets))
     images = sum(data.counts)
     if not learner.weights or {len(floats), len(wanted)} != {images}:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,21 +11,21 @@ from torch import Tensor, fx
 
 from deploykit.graph.edit import constant
 from deploykit.graph.quantized import FLOAT
-from deploykit.quant.quantizers.uniform import UniformQuantizer
-from deploykit.quant.ranges import weight_scale
 from deploykit.quant.rounding.closed_form import (
     gptq_codes,
     remaining_error,
     ridge_correction,
 )
-from deploykit.quant.rounding.moments import LayerMoments, LayerShape
-from deploykit.quant.state import Executor, QuantState
+from deploykit.quant.rounding.moments import LayerMoments, LayerShape, Moments
+from deploykit.quant.state import Executor, Hook, QuantState, Run, call
 from deploykit.quant.units import Unit
-from deploykit.quant.weights import QuantizedWeight, bias_floor
+from deploykit.quant.weights import QuantizedWeight, safe_scale, symmetric_codes
 
 __all__ = ["Rounding", "RoundingOptions", "UnitData", "round_unit"]
 
 Rounding = Literal["nearest", "gptq", "erq"]
+
+LIVE_BYTES = 2**30  # of values kept between two layers of a unit, over all images
 
 
 @dataclass(frozen=True)
@@ -47,78 +47,96 @@ class RoundingOptions:
 
 @dataclass
 class UnitData:
-    """A unit's inputs over all images, in batches: the float model's and the quantised one's.
+    """A unit's inputs (or outputs) over all images, in batches: the float model's and ours.
 
     Attributes:
         counts: images of every batch.
     """
 
-    float_inputs: list[Tensor]
-    quantized_inputs: list[Tensor]
+    floats: list[Tensor]
+    quantized: list[Tensor]
     counts: list[int]
 
 
+@torch.no_grad()
 def round_unit(
     executor: Executor,
     state: QuantState,
     unit: Unit,
     data: UnitData,
     options: RoundingOptions,
-) -> None:
+    hooks: Mapping[str, Hook],
+) -> UnitData:
     """Choose the codes and biases of a unit's layers, one after the other, into ``state``.
 
     Each layer is fitted on the input it gets from everything quantised before it, towards the
-    output it has in the float model.
+    output it has in the float model. Both models stop before each layer and go on from there;
+    where what they would keep meanwhile is too much, they begin the unit anew.
+
+    Args:
+        hooks: ``state.hooks``.
+
+    Returns:
+        The unit's outputs.
     """
+    floats, quantized = (
+        [
+            Run(executor, unit.nodes, unit.source, x, count)
+            for x, count in zip(inputs, data.counts, strict=True)
+        ]
+        for inputs in (data.floats, data.quantized)
+    )
+    share = LIVE_BYTES // (2 * len(data.counts))
+    nodes = {node.name: node for node in unit.nodes}
     for name in unit.layers:
         if state.plans[name].weight_bits in (None, FLOAT):
             continue
-        node = next(node for node in unit.nodes if node.name == name)
-        _round_layer(executor, state, unit, node, data, options)
+        node = nodes[name]
+        weight = constant(executor.graph_module, node.args[1])
+        assert weight is not None
+        moments = LayerMoments(LayerShape.of(node, weight))
+        for run, run_q in zip(floats, quantized, strict=True):
+            run.before(node, {})
+            wanted = run.step({})
+            args = state.quantized_inputs(node, run_q.before(node, hooks))
+            moments.update(node, args, wanted - call(node, args))
+            for each in (run, run_q):
+                if each.live_bytes > share:
+                    each.rewind()
+        _round_layer(executor, state, node, moments, options)
+    return UnitData(
+        [run.finish({}) for run in floats],
+        [run.finish(hooks) for run in quantized],
+        data.counts,
+    )
 
 
-@torch.no_grad()
 def _round_layer(
     executor: Executor,
     state: QuantState,
-    unit: Unit,
     node: fx.Node,
-    data: UnitData,
+    moments: LayerMoments,
     options: RoundingOptions,
 ) -> None:
     plan = state.plans[node.name]
     weight = constant(executor.graph_module, node.args[1])
     bias = constant(executor.graph_module, node.args[2]) if len(node.args) > 2 else None
     assert weight is not None and plan.weight_bits is not None
-    shape = LayerShape.of(node, weight)
-    moments = LayerMoments(shape)
-    hooks = state.hooks(executor.graph_module.graph)
-    seen: dict[str, list[Tensor]] = {}
-
-    def watch(_: fx.Node, args: object) -> None:
-        seen["args"] = state.quantized_inputs(node, args)  # type: ignore[arg-type]
-
-    watching = {**hooks, node.name: watch}
-    for x, xq, count in zip(data.float_inputs, data.quantized_inputs, data.counts, strict=True):
-        wanted = executor.run(unit.nodes, unit.source, x, count, stop=node)
-        executor.run(unit.nodes, unit.source, xq, count, watching, stop=node)
-        args = seen["args"]
-        moments.update(node, args, wanted - node.target(*args))  # type: ignore[operator]
-
-    matrices = shape.matrices(weight.float())
-    both = moments.both
+    shape, both = moments.shape, moments.both()
     covariance = both.covariance()
-    target = matrices
+    matrices = target = shape.matrices(weight.float())
     if options.method == "erq":
-        target = matrices + _correction(moments, options.ridges)
-    scale = weight_scale(target.reshape(weight.shape), plan.weight_bits, options.weight_range)
-    quantizer = state.input_quantizer(node)
-    if bias is not None and isinstance(quantizer, UniformQuantizer):
-        scale = torch.maximum(scale, bias_floor(bias, quantizer.scale))
+        target = matrices + _correction(moments, both, options.ridges)
+    scale = safe_scale(
+        target.reshape(weight.shape),
+        plan.weight_bits,
+        options.weight_range,
+        bias,
+        state.input_scale(node),
+    )
     steps = scale.reshape(shape.groups, shape.outputs)
     if options.method == "nearest":
-        high = 2 ** (plan.weight_bits - 1)
-        codes = torch.round(target / steps[..., None]).clamp_(-high, high - 1)
+        codes = symmetric_codes(target, steps[..., None], plan.weight_bits)
     else:
         damping = options.damping + shape.inputs / both.rows
         codes = gptq_codes(target, steps, plan.weight_bits, covariance, damping)
@@ -134,19 +152,20 @@ def _round_layer(
         state.biases[node.name] = old + drift.reshape(-1)
 
 
-def _correction(moments: LayerMoments, ridges: Sequence[float]) -> Tensor:
+def _correction(moments: LayerMoments, both: Moments, ridges: Sequence[float]) -> Tensor:
     """The ridge correction whose damping did best on the half of the rows it wasn't fitted on.
 
     None at all if every one made that half worse: few rows predict noise.
     """
     fitted, unseen = moments.halves
+    covariance, cross = fitted.covariance(), fitted.cross_covariance()
+    test_covariance, test_cross = unseen.covariance(), unseen.cross_covariance()
     best, best_error = None, 0.0
     for ridge in ridges:
-        change = ridge_correction(fitted.covariance(), fitted.cross_covariance(), ridge)
-        error = remaining_error(change, unseen.covariance(), unseen.cross_covariance())
+        change = ridge_correction(covariance, cross, ridge)
+        error = remaining_error(change, test_covariance, test_cross)
         if error < best_error:
             best, best_error = ridge, error
-    both = moments.both
     if best is None:
         shape = both.shape
         return torch.zeros(shape.groups, shape.outputs, shape.inputs)

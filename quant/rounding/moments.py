@@ -109,14 +109,17 @@ class LayerMoments:
             args: the layer's evaluated arguments; the first is its (quantised) input.
             error: what its output should be, less what it is with ``args``.
         """
-        shape = self.halves[0].shape
-        x, e = _input_rows(node, args, shape), _output_rows(node, error, shape)
+        x, e = _input_rows(node, args, self.shape), _output_rows(node, error, self.shape)
         middle = x.shape[1] // 2
         for half, part in zip(self.halves, (slice(middle), slice(middle, None)), strict=True):
             half.update(x[:, part], e[:, part])
 
     @property
+    def shape(self) -> LayerShape:
+        return self.halves[0].shape
+
     def both(self) -> Moments:
+        """Of all rows."""
         return self.halves[0] + self.halves[1]
 
 
