@@ -16,6 +16,7 @@ __all__ = [
     "ParityError",
     "TargetMissingError",
     "UsageError",
+    "one_line",
 ]
 
 
@@ -74,3 +75,9 @@ class MeasurementError(DeploykitError):
     """A measurement that something depends on is too noisy or too short to be used."""
 
     exit_code = ExitCode.MEASUREMENT
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The text of a runtime's error as one line of at most ``limit`` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

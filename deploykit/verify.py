@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deploykit.data import ImageSet
-from deploykit.errors import DeploykitError
+from deploykit.errors import DeploykitError, one_line
 from deploykit.evaluate import paired_accuracy, top1_and_predictions
 from deploykit.export.parity import Reference, compare, make_reference
 from deploykit.graph.capture import CapturedModel
@@ -18,10 +18,10 @@ from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.images import Images
 from deploykit.progress import Reporter
 from deploykit.recipe import Recipe
-from deploykit.targets.cpu_onnxruntime import import_onnxruntime
+from deploykit.runtimes import import_onnxruntime
 from deploykit.targets.device import allowed_cores
 from deploykit.targets.measure import measure
-from deploykit.targets.registry import get_target, one_line
+from deploykit.targets.registry import get_target
 from deploykit.types import Accuracy, Artifact, Backbone, Measurement, ParityRow
 from deploykit.workspace import Workspace
 

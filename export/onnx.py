@@ -17,14 +17,42 @@ from torch import fx
 
 from deploykit.errors import DeploykitError
 from deploykit.export.onnx_lowering import OPSET, translation_table
+from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
 from deploykit.types import Backbone
 
-__all__ = ["INPUT_NAME", "OUTPUT_NAME", "export_onnx", "onnx_bytes"]
+__all__ = ["INPUT_NAME", "OUTPUT_NAME", "Onnx", "export_onnx", "onnx_bytes"]
 
 INPUT_NAME, OUTPUT_NAME = "image", "logits"
 _PROTOBUF_LIMIT = 2**31 - 2**20
+
+
+@register_exporter("onnx")
+class Onnx:
+    """ONNX as ONNX Runtime's integer kernels want it: U8 activations, S8 weights."""
+
+    name: str
+    suffix: str = ".onnx"
+    profile: Profile = "asymmetric"
+
+    def available(self) -> str | None:
+        return None
+
+    def export(self, source: Source, path: Path) -> Exported:
+        """See ``Exporter.export``."""
+        export_onnx(
+            source.graph_module,
+            source.backbone,
+            path,
+            dynamic_batch=source.dynamic_batch,
+            metadata={**source.metadata, "precision": source.precision},
+        )
+        return Exported(source.precision, source.dynamic_batch)
+
+    def reader(self, path: Path) -> tuple[str, Reader] | None:  # noqa: ARG002
+        """None: every runtime of the file is a target."""
+        return None
 
 
 def export_onnx(
@@ -45,6 +73,7 @@ def onnx_bytes(
     backbone: Backbone,
     *,
     dynamic_batch: bool = True,
+    signed: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """Lower a captured or quantised graph to one ONNX file, opset 21, weights inside.
@@ -53,6 +82,7 @@ def onnx_bytes(
     (batch, classes). Weight codes are int8 initialisers, or packed int4 where 4 bits hold them.
 
     Args:
+        signed: store grids around zero as int8 without a zero point, for runtimes that want it.
         metadata: written to the file's metadata properties, sorted, so equal inputs give equal
             bytes.
 
@@ -72,7 +102,7 @@ def onnx_bytes(
                 opset_version=OPSET,
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
-                custom_translation_table=translation_table(),
+                custom_translation_table=translation_table(signed=signed),
                 optimize=True,
                 verbose=False,
             )

@@ -25,12 +25,25 @@ def lower_fake_quantize(x: Any, scale: float, zero_point: int, bits: int) -> Any
     Codes narrower than 8 bits are carried in uint8: clipping the input first leaves exactly the
     codes 0 .. 2**bits - 1, so an 8-bit kernel computes the narrow result.
     """
+    return _quantize_dequantize(x, scale, zero_point, bits, np.uint8(zero_point))
+
+
+def lower_fake_quantize_signed(x: Any, scale: float, zero_point: int, bits: int) -> Any:
+    """The same, but a grid around zero on int8 without a zero point: the same values."""
+    if zero_point != 2 ** (bits - 1):
+        return lower_fake_quantize(x, scale, zero_point, bits)
+    return _quantize_dequantize(x, scale, zero_point, bits, np.int8(0))
+
+
+def _quantize_dequantize(
+    x: Any, scale: float, zero_point: int, bits: int, stored_zero: np.uint8 | np.int8
+) -> Any:
     if bits < 8:
         low = np.float32(scale) * np.float32(0 - zero_point)
         high = np.float32(scale) * np.float32(2**bits - 1 - zero_point)
         x = op.Clip(x, _scalar(low, np.float32, "low"), _scalar(high, np.float32, "high"))
     scale_node = _scalar(scale, np.float32, "scale")
-    zero_node = _scalar(zero_point, np.uint8, "zero_point")
+    zero_node = _scalar(stored_zero, type(stored_zero), "zero_point")
     return op.DequantizeLinear(op.QuantizeLinear(x, scale_node, zero_node), scale_node, zero_node)
 
 
@@ -140,11 +153,15 @@ def _shape(sizes: list[int]) -> Any:
     return op.Constant(value=ir.tensor(np.array(sizes, np.int64), name="shape"))
 
 
-def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For ``torch.onnx.export(custom_translation_table=…)``."""
+def translation_table(*, signed: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For ``torch.onnx.export(custom_translation_table=…)``.
+
+    Args:
+        signed: grids around zero become int8 without a zero point.
+    """
     ops = torch.ops.deploykit
     return {
-        ops.fake_quantize.default: lower_fake_quantize,
+        ops.fake_quantize.default: lower_fake_quantize_signed if signed else lower_fake_quantize,
         ops.dequantize.default: lower_dequantize,
         ops.fake_quantize_log.default: lower_fake_quantize_log,
         ops.fake_quantize_twin.default: lower_fake_quantize_twin,

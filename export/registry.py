@@ -36,9 +36,10 @@ ENTRY_POINT_GROUP = "deploykit.exporters"
 
 _OWN = ("coreml", "executorch", "litert", "ncnn", "onnx", "openvino", "tensorrt")
 
-Profile = Literal["asymmetric", "symmetric"]
-"""Of activation codes: unsigned with any zero point, or signed with none. In a quantised graph
-a symmetric quantiser is a ``fake_quantize`` whose zero point is ``2**(bits - 1)``."""
+Profile = Literal["asymmetric", "mixed", "symmetric"]
+"""Of activation codes of 8 bits: unsigned with any zero point; the same, but signed without one
+for the second factors of products of two activations; or signed without one everywhere. In a
+quantised graph a grid around zero is a ``fake_quantize`` whose zero point is ``2**(bits - 1)``."""
 
 Reader = Callable[[Tensor], Tensor]
 """A file as a function: images float32 (N, 3, S, S) to logits float32 (N, classes)."""
@@ -94,7 +95,9 @@ class Exporter(Protocol):
         ...
 
     def export(self, source: Source, path: Path) -> Exported:
-        """Write the file (or folder) at ``path``, which isn't there; the caller renames it.
+        """Write the file (or folder) at ``path``, and what belongs to it beside it.
+
+        The folder is new and empty: the caller moves what is in it when all of it is there.
 
         Raises:
             TargetMissingError: the format's library is not installed.

@@ -21,8 +21,10 @@ from deploykit.quant.options import QuantizeOptions
 from deploykit.quant.plan import MOVES, is_gelu_output, is_softmax_output
 from deploykit.quant.quantizers import get_quantizer
 from deploykit.quant.quantizers.registry import FittedQuantizer
+from deploykit.quant.quantizers.uniform import UniformQuantizer
 from deploykit.quant.ranges import error_power
 from deploykit.quant.state import QuantState
+from deploykit.quant.symmetry import symmetric_keys, symmetric_uniform
 from deploykit.types import PassRecord
 
 __all__ = ["Observed", "fit", "observe"]
@@ -104,7 +106,7 @@ def fit(
             else:
                 quantizer = get_quantizer(kind).fit(histogram, bits, options.activation_range)
             activations[source, bits] = quantizer
-    outputs = {
+    outputs: dict[str, FittedQuantizer] = {
         name: get_quantizer("uniform").fit(
             histograms[Watch(activation_of(nodes[name]).name)],
             OUTPUT_BITS,
@@ -112,7 +114,17 @@ def fit(
         )
         for name in output_layers(plans, nodes)
     }
+    for key in symmetric_keys(options.symmetry, plans, nodes, activations):
+        activations[key] = _around_zero(activations[key])
+    if options.symmetry == "all":
+        outputs = {name: _around_zero(quantizer) for name, quantizer in outputs.items()}
     return QuantState(plans, activations, outputs), records
+
+
+def _around_zero(quantizer: FittedQuantizer) -> FittedQuantizer:
+    if isinstance(quantizer, UniformQuantizer):
+        return symmetric_uniform(quantizer)
+    return quantizer
 
 
 def sources(plans: Mapping[str, LayerPlan], nodes: Mapping[str, fx.Node]) -> list[tuple[str, int]]:

@@ -8,6 +8,7 @@ from typing import Literal
 from deploykit.quant.ranges import RangeMethod
 from deploykit.quant.reconstruction.unit import LossKind
 from deploykit.quant.rounding.layer import Rounding
+from deploykit.quant.symmetry import Symmetry
 
 __all__ = ["PRESETS", "NormFold", "Preset", "PresetName", "QuantizeOptions"]
 
@@ -24,6 +25,7 @@ class QuantizeOptions:
         layer_bits: (glob of layer names, ``wNaM`` or ``float``); the first match counts.
         rounding_images: calibration images that rounding and reconstruction read at most.
         reconstruction_iterations: a unit.
+        symmetry: which activation grids lie around zero, for runtimes that want it.
         relu_mlp: replace GELU by ReLU and learn the layers around it anew first.
     """
 
@@ -46,6 +48,7 @@ class QuantizeOptions:
     reconstruction: LossKind | Literal["none"] = "none"
     reconstruction_iterations: int = 300
     relu_mlp: bool = False
+    symmetry: Symmetry = "none"
     seed: int = 0
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.errors import MeasurementError, TargetMissingError, UsageError
-from deploykit.targets.registry import FloatArray, Runner, one_line, register_target
+from deploykit.errors import MeasurementError, TargetMissingError, UsageError, one_line
+from deploykit.runtimes import import_onnxruntime
+from deploykit.targets.registry import FloatArray, Runner, register_target
 
-__all__ = ["CpuOnnxRuntime", "import_onnxruntime"]
+__all__ = ["CpuOnnxRuntime"]
 
 
 _INT8 = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger",
@@ -113,22 +113,3 @@ class _Session:
             message = f"{self._path}: onnxruntime failed on {images.shape}: {one_line(error)}"
             raise MeasurementError(message) from error
         return np.asarray(logits, dtype=np.float32)
-
-
-def import_onnxruntime() -> Any:
-    """The onnxruntime module, with its telemetry off.
-
-    Official builds send events and write an id to the user's cache folder as soon as they are
-    imported (Linux since 1.29), hence a variable set before; Windows builds have the function.
-
-    Raises:
-        TargetMissingError: onnxruntime is not installed.
-    """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    try:
-        import onnxruntime
-    except ImportError as error:
-        message = f"onnxruntime cannot be imported ({one_line(error)}); pip install onnxruntime"
-        raise TargetMissingError(message) from error
-    onnxruntime.disable_telemetry_events()
-    return onnxruntime

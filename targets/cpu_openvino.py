@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deploykit.errors import MeasurementError, TargetMissingError, UsageError
-from deploykit.targets.registry import FloatArray, Runner, one_line, register_target
+from deploykit.errors import MeasurementError, TargetMissingError, UsageError, one_line
+from deploykit.runtimes import import_openvino
+from deploykit.targets.registry import FloatArray, Runner, register_target
 
-__all__ = ["CpuOpenvino", "import_openvino"]
-
-_TELEMETRY = "openvino_telemetry"
+__all__ = ["CpuOpenvino"]
 
 
 _LAYERS = ("Convolution", "FullyConnected", "MatMul", "ScaledDotProductAttention")
@@ -107,29 +105,3 @@ class _Request:
             message = f"{self._path}: openvino failed on {images.shape}: {one_line(error)}"
             raise MeasurementError(message) from error
         return np.asarray(logits, dtype=np.float32)
-
-
-def import_openvino() -> Any:
-    """The openvino module, imported without its telemetry.
-
-    Importing openvino sends an event and writes files to ~/intel unless its telemetry package
-    cannot be imported, in which case it falls back to a stub that does nothing.
-
-    Raises:
-        TargetMissingError: openvino is not installed.
-    """
-    placeholder = _TELEMETRY not in sys.modules
-    if placeholder:
-        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # makes its import fail
-    try:
-        import openvino
-    except ImportError as error:
-        message = (
-            f"openvino cannot be imported ({one_line(error)}); "
-            "pip install 'deploykit-vision[openvino]'"
-        )
-        raise TargetMissingError(message) from error
-    finally:
-        if placeholder:
-            sys.modules.pop(_TELEMETRY, None)
-    return openvino

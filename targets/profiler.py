@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.errors import DeploykitError, MeasurementError, UsageError
+from deploykit.errors import DeploykitError, MeasurementError, UsageError, one_line
+from deploykit.runtimes import import_onnxruntime
 from deploykit.targets.child import ask
-from deploykit.targets.cpu_onnxruntime import CpuOnnxRuntime, import_onnxruntime
+from deploykit.targets.cpu_onnxruntime import CpuOnnxRuntime
 from deploykit.targets.device import pick_cores, pin
-from deploykit.targets.registry import FloatArray, one_line
+from deploykit.targets.registry import FloatArray
 
 __all__ = ["layer_times", "main"]
 

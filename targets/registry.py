@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.errors import TargetMissingError, UsageError
+from deploykit.errors import TargetMissingError, UsageError, one_line
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -27,7 +27,6 @@ __all__ = [
     "Target",
     "get_target",
     "list_targets",
-    "one_line",
     "register_target",
 ]
 
@@ -122,12 +121,6 @@ def get_target(name: str) -> Target:
 def list_targets() -> list[str]:
     """Names of all targets, sorted, whether or not their runtime is installed."""
     return sorted({*_REGISTRY, *_own_names(), *_offered()})
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The text of a runtime's error as one line of at most ``limit`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def _own_names() -> set[str]:

@@ -17,9 +17,15 @@ from typing import Any, TextIO, TypedDict
 
 import numpy as np
 
-from deploykit.errors import DeploykitError, MeasurementError, TargetMissingError, UsageError
+from deploykit.errors import (
+    DeploykitError,
+    MeasurementError,
+    TargetMissingError,
+    UsageError,
+    one_line,
+)
 from deploykit.targets.device import Neighbours, describe, peak_rss_bytes, pin
-from deploykit.targets.registry import FloatArray, Target, get_target, one_line
+from deploykit.targets.registry import FloatArray, Target, get_target
 
 __all__ = ["Request", "main"]
 

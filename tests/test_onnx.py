@@ -31,7 +31,8 @@ from deploykit.graph.ops import (
 from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.graph.signal import sqnr_db
 from deploykit.quant.quantize import QuantizeOptions, quantize
-from deploykit.targets.cpu_onnxruntime import CpuOnnxRuntime, import_onnxruntime
+from deploykit.runtimes import import_onnxruntime
+from deploykit.targets.cpu_onnxruntime import CpuOnnxRuntime
 from deploykit.targets.cpu_openvino import CpuOpenvino
 from tests.graphs import (
     SIZE,

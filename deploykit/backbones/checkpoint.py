@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from deploykit._compat import timm
-from deploykit.errors import UsageError
+from deploykit.errors import UsageError, one_line
 
 __all__ = ["infer_num_classes", "load_strictly", "read_checkpoint", "sha256_of"]
 
@@ -59,7 +59,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
             message = (
                 f"weights {path}: not a readable safetensors file, or cut short "
-                f"({_one_line(error)}); download or save it again"
+                f"({one_line(error, 160)}); download or save it again"
             )
             raise UsageError(message) from error
     else:
@@ -82,14 +82,9 @@ def _read_torch(path: Path) -> object:
     except Exception as error:  # a damaged file can fail anywhere inside the unpickler
         message = (
             f"weights {path}: not a readable torch checkpoint, or cut short "
-            f"({_one_line(error)}); download or save it again"
+            f"({one_line(error, 160)}); download or save it again"
         )
         raise UsageError(message) from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _unwrap(content: object) -> object:

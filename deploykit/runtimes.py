@@ -1,0 +1,58 @@
+"""Importing the runtimes that would talk to their vendors, without that."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from deploykit.errors import TargetMissingError, one_line
+
+__all__ = ["import_onnxruntime", "import_openvino"]
+
+_OPENVINO_TELEMETRY = "openvino_telemetry"
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module, with its telemetry off.
+
+    Official builds send events and write an id to the user's cache folder as soon as they are
+    imported (Linux since 1.29), hence a variable set before; Windows builds have the function.
+
+    Raises:
+        TargetMissingError: onnxruntime is not installed.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        message = f"onnxruntime cannot be imported ({one_line(error)}); pip install onnxruntime"
+        raise TargetMissingError(message) from error
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def import_openvino() -> Any:
+    """The openvino module, imported without its telemetry.
+
+    Importing openvino sends an event and writes files to ~/intel unless its telemetry package
+    cannot be imported, in which case it falls back to a stub that does nothing.
+
+    Raises:
+        TargetMissingError: openvino is not installed.
+    """
+    placeholder = _OPENVINO_TELEMETRY not in sys.modules
+    if placeholder:
+        sys.modules[_OPENVINO_TELEMETRY] = None  # type: ignore[assignment]  # makes its import fail
+    try:
+        import openvino
+    except ImportError as error:
+        message = (
+            f"openvino cannot be imported ({one_line(error)}); "
+            "pip install 'deploykit-vision[openvino]'"
+        )
+        raise TargetMissingError(message) from error
+    finally:
+        if placeholder:
+            sys.modules.pop(_OPENVINO_TELEMETRY, None)
+    return openvino
