@@ -31,6 +31,7 @@ def options_to_recipe(
     calib_images: int | None = None,
     data: str | Path | None = None,
     targets: list[str] | None = None,
+    formats: list[str] | None = None,
     sparsity: str | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
@@ -53,6 +54,7 @@ def options_to_recipe(
         ("calibration", "images"): calib_images,
         ("evaluation", "data"): None if data is None else str(data),
         ("targets",): targets,
+        ("export", "formats"): formats,
         ("prune", "sparsity"): sparsity,
         ("measure", "threads"): threads,
         ("measure", "batch_size"): batch_size,
@@ -89,7 +91,7 @@ def compress(
         quiet: no progress on standard error.
         **options: ``model``, ``bits``, ``algorithm``, ``compare``, ``preset``, ``time_budget``,
             ``weights``, ``num_classes``, ``img_size``, ``calib``, ``calib_images``, ``data``,
-            ``targets``, ``sparsity``, ``threads``, ``batch_size``, ``max_drop``,
+            ``targets``, ``formats``, ``sparsity``, ``threads``, ``batch_size``, ``max_drop``,
             ``max_latency_ms``, ``seed``; as on the command line.
 
     Returns:

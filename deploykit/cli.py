@@ -68,6 +68,9 @@ def compress(
     targets: Annotated[
         str | None, typer.Option(help="Targets, comma separated: cpu-onnxruntime,cpu-openvino.")
     ] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Further formats, comma separated: openvino,coreml.")
+    ] = None,
     sparsity: Annotated[str | None, typer.Option(help="none or 2:4.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Points of top-1 that may go.")] = None,
     max_latency: Annotated[float | None, typer.Option(help="Limit of p50 in ms.")] = None,
@@ -102,6 +105,7 @@ def compress(
         calib_images=calib_images,
         data=data,
         targets=None if targets is None else [t.strip() for t in targets.split(",")],
+        formats=None if formats is None else [f.strip() for f in formats.split(",")],
         sparsity=sparsity,
         threads=threads,
         batch_size=batch_size,

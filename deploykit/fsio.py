@@ -6,11 +6,20 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from deploykit.errors import UsageError
 
-__all__ = ["atomic_write_bytes", "atomic_write_text", "ensure_directory"]
+__all__ = [
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "ensure_directory",
+    "publish",
+    "remove",
+    "writing",
+]
 
 _MEND = {
     errno.ENOSPC: "free space or choose another -o",
@@ -65,6 +74,38 @@ def ensure_directory(path: Path | str) -> Path:
     except (OSError, ValueError) as exc:
         raise _cannot("make folder", path, exc) from exc
     return path
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def publish(path: Path, place: Path) -> None:
+    """Give a finished file or folder its name in one step, in place of what has it."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    if place.is_dir():  # a folder can't be replaced in one step
+        remove(place)
+    path.replace(place)
+    _flush_folder(place.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a library can't write is the user's one line.
+
+    Raises:
+        UsageError: The disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as exc:
+        raise _cannot("write", path, exc) from exc
 
 
 def _flush_folder(folder: Path) -> None:

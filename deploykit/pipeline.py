@@ -10,18 +10,25 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from deploykit.artifacts import (
+    ArtifactWriter,
+    chosen_exporters,
+    chosen_targets,
+    size_and_hash,
+)
 from deploykit.backbones.build import build_backbone
 from deploykit.backbones.inspection import count_macs
 from deploykit.data import ImageSet, open_dataset
 from deploykit.environment import environment, version
-from deploykit.errors import DeploykitError, TargetMissingError, UsageError
+from deploykit.errors import DeploykitError, UsageError
 from deploykit.export.onnx import onnx_bytes
+from deploykit.export.registry import Exporter, Profile
+from deploykit.fsio import ensure_directory
 from deploykit.graph.capture import CapturedModel, capture
-from deploykit.graph.quantized import QuantizedModel
+from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.images import Images, calibration_images, verification_images
 from deploykit.progress import Reporter
 from deploykit.prune.semi_structured import sparsify_2_4
@@ -31,18 +38,21 @@ from deploykit.quant.options import PresetName
 from deploykit.quant.presets import DEFAULT_BUDGET_S, choose_preset, seconds_per_image
 from deploykit.quant.quantize import quantize
 from deploykit.quant.research_integer import replace_with_integer_ops
+from deploykit.quant.symmetry import Symmetry
 from deploykit.quantize_options import quantize_options
 from deploykit.recipe import Recipe
 from deploykit.recipe_io import dump_recipe
 from deploykit.report.model import OWN_ARTIFACTS, LayerError, Report
 from deploykit.report.write import write_report
-from deploykit.targets.registry import get_target
+from deploykit.targets.registry import Target
 from deploykit.types import Artifact, Backbone, ParityRow, PassRecord
 from deploykit.verdict import judge
 from deploykit.verify import check_parity, measure_accuracy, measure_latency
 from deploykit.workspace import Workspace, open_workspace
 
 __all__ = ["default_output", "run"]
+
+SYMMETRY: dict[Profile, Symmetry] = {"asymmetric": "none", "mixed": "matmul", "symmetric": "all"}
 
 
 def default_output(recipe: Recipe) -> Path:
@@ -72,10 +82,8 @@ def run(
             unless it can be resumed.
     """
     started, clock = datetime.now(UTC), time.monotonic()
-    targets = [get_target(name) for name in recipe.targets]
-    for target in targets:
-        if (reason := target.available()) is not None:
-            raise TargetMissingError(f"target {target.name}: {reason}")
+    targets = chosen_targets(recipe)
+    exporters = chosen_exporters(recipe, targets)
     if recipe.quantize.uses_nncf:
         import_nncf()
     backbone, notes = build_backbone(recipe.model, recipe.seed)
@@ -86,7 +94,7 @@ def run(
     text = dump_recipe(recipe)
     workspace = open_workspace(out, text, version(), resume=resume, overwrite=overwrite)
     try:
-        job = _Job(recipe, text, backbone, inputs, workspace, reporter)
+        job = _Job(recipe, text, backbone, inputs, workspace, reporter, targets, exporters)
         report = job.report(command, started.isoformat(timespec="seconds"), clock, notes)
         workspace.write(out / "recipe.yaml", text.encode())
         write_report(report, out)
@@ -143,6 +151,8 @@ class _Job:
     inputs: _Inputs
     workspace: Workspace
     reporter: Reporter
+    targets: list[Target]
+    exporters: list[Exporter]
 
     @cached_property
     def pruned(self) -> tuple[Backbone, list[PassRecord]]:
@@ -165,23 +175,38 @@ class _Job:
             return capture(self.pruned[0])
 
     @cached_property
-    def quantized(self) -> QuantizedModel | None:
-        """The quantised graph; None where another algorithm makes the file."""
-        if self.recipe.quantize.algorithm != "deploykit":
-            return None
-        images, size = self.inputs.calibration, self.batch_size
+    def quantized(self) -> dict[Profile, QuantizedModel]:
+        """The quantised graph of every profile the formats want; none where others quantise."""
+        section = self.recipe.quantize
+        if section.algorithm != "deploykit":
+            return {}
         preset, reason = self.preset
         self.reporter.note(f"preset: {preset} ({reason})")
+        record = PassRecord(name="preset", summary=f"{preset}: {reason}", details={})
+        wanted = dict.fromkeys(exporter.profile for exporter in self.exporters)
+        if section.widths.activations == FLOAT:
+            one = self._quantize("asymmetric", preset, record)
+            return dict.fromkeys(wanted, one)
+        return {profile: self._quantize(profile, preset, record) for profile in wanted}
+
+    def _quantize(self, profile: Profile, preset: PresetName, record: PassRecord) -> QuantizedModel:
+        images, size = self.inputs.calibration, self.batch_size
+        options = quantize_options(self.recipe.quantize, self.recipe.seed, preset)
+        folder = ensure_directory(self.workspace.work / profile)
         made = quantize(
             self.source,
-            quantize_options(self.recipe.quantize, self.recipe.seed, preset),
+            replace(options, symmetry=SYMMETRY[profile]),
             lambda: images.batches(size),
             images=images.count,
             steps=self.reporter.step,
-            cache=TensorCache(self.workspace.work, self.workspace.write),
+            cache=TensorCache(folder, self.workspace.write),
         )
-        record = PassRecord(name="preset", summary=f"{preset}: {reason}", details={})
         return replace(made, records=(record, *made.records))
+
+    @property
+    def main(self) -> QuantizedModel | None:
+        """The quantised graph of the first target."""
+        return next(iter(self.quantized.values()), None)
 
     @property
     def batch_size(self) -> int:
@@ -221,23 +246,27 @@ class _Job:
     @cached_property
     def made(self) -> tuple[list[Artifact], list[PassRecord], list[str]]:
         """The files, what was done to make them, and what the user should know of them."""
-        section, quantized = self.recipe.quantize, self.quantized
-        records, warnings = list(self.pruned[1]), []
-        artifacts = [self._exported("original", "original.onnx", self.original, "fp32")]
-        plans = [("nncf", "nncf.onnx")] if "nncf" in section.compare else []
-        if quantized is None:
-            plans.insert(0, ("compressed", "model.onnx"))
+        section, main = self.recipe.quantize, self.main
+        writer = ArtifactWriter(self.workspace, self.reporter, self.backbone, self.metadata)
+        records, warnings, artifacts = list(self.pruned[1]), [], []
+        others = [("nncf", "nncf.onnx")] if "nncf" in section.compare else []
+        if main is None:
+            others.insert(0, ("compressed", "model.onnx"))
         else:
-            records += quantized.records
-            shipped = self._exported("compressed", "model.onnx", quantized, quantized.bits)
-            artifacts.append(
-                shipped.model_copy(
-                    update={"algorithm": f"deploykit {version()}", **quantized.how_it_runs()}
-                )
-            )
-        for name, filename in plans:
+            records += main.records
+        for exporter in self.exporters:
+            artifacts.append(writer.write(exporter, "original", self.original, "fp32"))
+            if main is not None:
+                model = self.quantized[exporter.profile]
+                artifacts.append(
+                    writer.write(
+                        exporter, "compressed", model, model.bits,
+                        algorithm=f"deploykit {version()}", **model.how_it_runs(),
+                    )
+                )  # fmt: skip
+        for name, filename in others:
             try:
-                artifact, record = self._by_nncf(name, filename)
+                artifact, record = self._by_nncf(writer, name, filename)
             except DeploykitError as error:
                 if name == "compressed" or isinstance(error, UsageError):
                     raise
@@ -246,34 +275,21 @@ class _Job:
             artifacts.append(artifact)
             records.append(record)
             warnings += [f"{name}: {line}" for line in record.details.get("warnings", [])]
+        for artifact in artifacts:
+            warnings += [f"{artifact.path.name}: {note}" for note in artifact.notes]
         return artifacts, records, warnings
 
-    def _exported(
-        self, name: str, filename: str, model: CapturedModel | QuantizedModel, precision: str
-    ) -> Artifact:
-        path = self.workspace.out / filename
-
-        def write() -> dict[str, object]:
-            with self.reporter.step(f"write {filename}"):
-                data = onnx_bytes(
-                    model.graph_module,
-                    self.backbone,
-                    dynamic_batch=model.dynamic_batch,
-                    metadata={**self.metadata, "precision": precision},
-                )
-                self.workspace.write(path, data)
-            return {"precision": precision, **_size_and_hash(data)}
-
-        return self._artifact(name, path, self.workspace.cached(f"artifact-{name}", write))
-
-    def _by_nncf(self, name: str, filename: str) -> tuple[Artifact, PassRecord]:
+    def _by_nncf(
+        self, writer: ArtifactWriter, name: str, filename: str
+    ) -> tuple[Artifact, PassRecord]:
         path, images = self.workspace.out / filename, self.inputs.calibration
 
         def write() -> dict[str, object]:
             captured, size = self.source, self.batch_size
             # NNCF starts from the same float file that everything is compared with.
-            if captured is self.original:
-                model = (self.workspace.out / "original.onnx").read_bytes()
+            original = self.workspace.out / "original.onnx"
+            if captured is self.original and original.exists():
+                model = original.read_bytes()
             else:
                 model = onnx_bytes(
                     captured.graph_module, self.backbone, dynamic_batch=captured.dynamic_batch
@@ -291,18 +307,14 @@ class _Job:
                 self.workspace.write(path, found.data)
             facts = {"precision": found.bits, "algorithm": found.made_by, **found.how_it_runs}
             record = found.record.model_dump(mode="json")
-            return {"facts": {**facts, **_size_and_hash(found.data)}, "record": record}
+            return {"facts": {**facts, **size_and_hash([path])}, "record": record}
 
         kept = self.workspace.cached(f"artifact-{name}", write)
         record = PassRecord.model_validate(kept["record"])
-        return self._artifact(name, path, kept["facts"]), record
-
-    def _artifact(self, name: str, path: Path, facts: dict[str, Any]) -> Artifact:
-        weights = self.backbone.weights.label
-        return Artifact(name=name, format="onnx", path=path, weights=weights, **facts)
+        return writer.artifact("onnx", name, path, **kept["facts"]), record
 
     def _research(self) -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
-        bits, quantized = self.recipe.evaluation.research_integer_ops, self.quantized
+        bits, quantized = self.recipe.evaluation.research_integer_ops, self.main
         if bits is None or quantized is None:
             return {}
         images, size = self.inputs.calibration, self.batch_size
@@ -315,18 +327,18 @@ class _Job:
         return {f"simulation, {bits}-bit integer softmax, GELU and LayerNorm": make}
 
     def report(self, command: str, started: str, clock: float, notes: list[str]) -> Report:
-        recipe, quantized = self.recipe, self.quantized
+        recipe, quantized = self.recipe, self.main
         artifacts, records, remarks = self.made
-        parity = check_parity(
-            recipe, self.workspace, self.reporter, self.original, quantized, artifacts,
-            self.inputs.verification,
+        parity, unchecked = check_parity(
+            recipe, self.workspace, self.reporter, self.original, self.quantized, artifacts,
+            self.targets, self.inputs.verification,
         )  # fmt: skip
         accuracy = measure_accuracy(
             recipe, self.workspace, self.reporter, self.original, quantized, artifacts,
-            self.inputs.evaluation, self._research(),
+            self.targets, self.inputs.evaluation, self._research(),
         )  # fmt: skip
         measurements = measure_latency(
-            recipe, self.workspace, self.reporter, self.backbone, artifacts
+            recipe, self.workspace, self.reporter, self.backbone, artifacts, self.targets
         )
         module = self.backbone.module
         report = Report(
@@ -362,13 +374,9 @@ class _Job:
             passes=records,
             environment=environment(),
             recipe=recipe.model_dump(mode="json"),
-            warnings=[*notes, *self.inputs.notes, *remarks, *_untrusted(parity)],
+            warnings=[*notes, *self.inputs.notes, *remarks, *unchecked, *_untrusted(parity)],
         )
         return judge(report, recipe.gates)
-
-
-def _size_and_hash(data: bytes) -> dict[str, object]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _untrusted(parity: list[ParityRow]) -> list[str]:

@@ -19,10 +19,9 @@ def quantize_options(
     widths = section.widths
     name = section.preset or preset or "fast"
     chosen = PRESETS[name]
-    # Eight bits to the nearest code lose nothing that the fitting could win back.
+    # Eight bits to the nearest code lose nothing but the mean, which the bias takes.
     plain = name == "fast" and widths.weights >= 8
     rounding = section.rounding or ("nearest" if plain else chosen.rounding)
-    corrected = section.bias_correction
     return QuantizeOptions(
         weight_bits=widths.weights,
         input_bits=widths.activations,
@@ -39,7 +38,7 @@ def quantize_options(
         layer_bits=tuple(section.layer_bits.items()),
         rounding=rounding,
         rounding_images=section.rounding_images or chosen.rounding_images,
-        bias_correction=rounding != "nearest" if corrected is None else corrected,
+        bias_correction=section.bias_correction,
         reconstruction=section.reconstruction or chosen.reconstruction,
         reconstruction_iterations=section.reconstruction_iterations
         or chosen.iterations

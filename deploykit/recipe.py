@@ -18,6 +18,7 @@ __all__ = [
     "Bits",
     "CalibrationSection",
     "EvaluationSection",
+    "ExportSection",
     "GatesSection",
     "MeasureSection",
     "ModelSection",
@@ -198,10 +199,7 @@ class QuantizeSection(Section):
         description="of LayerNorm and GroupNorm: RepQ's, variants of it, SmoothQuant's",
     )
     equalize: bool = Field(default=True, description="cross-layer equalisation of weights")
-    bias_correction: bool | None = Field(
-        default=None,
-        description="mean output error into the bias; None: unless weights are rounded to nearest",
-    )
+    bias_correction: bool = Field(default=True, description="mean output error into the bias")
     head_fold: bool = Field(default=True, description="scales of attention heads into weights")
     softmax: Grid = Field(
         default="auto", description="auto: log-sqrt2 at 4 bits and below, uniform above"
@@ -257,6 +255,12 @@ class QuantizeSection(Section):
         ]
 
 
+class ExportSection(Section):
+    """Files beyond those that the targets load."""
+
+    formats: list[str] = Field(default=[], description="exporters' names, such as coreml")
+
+
 class VerifySection(Section):
     """Parity of the artefact with the quantised graph."""
 
@@ -308,6 +312,7 @@ class Recipe(Section):
     quantize: QuantizeSection = QuantizeSection()
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection = ExportSection()
     verify: VerifySection = VerifySection()
     targets: list[str] = Field(default=["cpu-onnxruntime"], min_length=1)
     measure: MeasureSection = MeasureSection()

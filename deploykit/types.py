@@ -95,10 +95,8 @@ class PassRecord(Data):
 class Artifact(Data):
     """One file that ships (or the float file it is compared with)."""
 
-    name: str = Field(
-        description="'original', 'compressed', or whose file it is compared with; unique"
-    )
-    format: str
+    name: str = Field(description="'original', 'compressed', or whose file it is compared with")
+    format: str = Field(description="an exporter's name; (name, format) is unique")
     path: Path
     bytes: int
     sha256: str
@@ -107,6 +105,9 @@ class Artifact(Data):
         default="", description="what quantised it, and its version; empty for the float file"
     )
     weights: str = Field(description="label of the weights' origin, 'untrained' if so")
+    dynamic_batch: bool = Field(default=True, description="takes any number of images")
+    notes: list[str] = Field(default=[], description="what the exporter has to say")
+    layers: dict[str, int] = Field(default={}, description="what the format made of the layers")
     integer: list[str] = Field(default=[], description="parts that run on integers here")
     wider: list[str] = Field(default=[], description="parts narrower on disk than when computed")
     simulated: list[str] = Field(default=[], description="parts whose codes run as floats")
@@ -116,6 +117,8 @@ class ParityRow(Data):
     """An artefact compared with the model it came from, on the same images."""
 
     artifact: str
+    format: str = "onnx"
+    precision: str = ""
     reference: str
     runtime: str
     batch: int
@@ -139,6 +142,8 @@ class Accuracy(Data):
     """Top-1 of the original and of an artefact on the same images, paired image by image."""
 
     artifact: str
+    format: str = "onnx"
+    target: str = Field(default="", description="what ran the file; empty for a simulation")
     data: str
     images: int
     top1_original: float
@@ -171,6 +176,7 @@ class Measurement(Data):
     """Latency and memory of one artefact on one target. A withheld percentile is None."""
 
     artifact: str
+    format: str = "onnx"
     target: str
     precision: str
     batch: int

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deploykit.artifacts import loadable
 from deploykit.data import ImageSet
-from deploykit.errors import DeploykitError, one_line
+from deploykit.errors import DeploykitError, TargetMissingError, one_line
 from deploykit.evaluate import paired_accuracy, top1_and_predictions
 from deploykit.export.parity import Reference, compare, make_reference
+from deploykit.export.registry import Profile, get_exporter
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.images import Images
@@ -21,7 +23,7 @@ from deploykit.recipe import Recipe
 from deploykit.runtimes import import_onnxruntime
 from deploykit.targets.device import allowed_cores
 from deploykit.targets.measure import measure
-from deploykit.targets.registry import get_target
+from deploykit.targets.registry import Target
 from deploykit.types import Accuracy, Artifact, Backbone, Measurement, ParityRow
 from deploykit.workspace import Workspace
 
@@ -35,8 +37,8 @@ UNOPTIMIZED = "no simulation: compared with the same file run without graph opti
 """Name of the reference of a file that others quantised."""
 
 
-def _runner(target: str, path: Path, threads: int) -> Callable[[Tensor], Tensor]:
-    session = get_target(target).load(path, threads)
+def _runner(target: Target, path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    session = target.load(path, threads)
     return lambda images: torch.from_numpy(session(images.numpy()))
 
 
@@ -49,43 +51,81 @@ def check_parity(
     workspace: Workspace,
     reporter: Reporter,
     original: CapturedModel,
-    quantized: QuantizedModel | None,
+    simulations: Mapping[Profile, QuantizedModel],
     artifacts: Sequence[Artifact],
+    targets: Sequence[Target],
     images: Images,
-) -> list[ParityRow]:
-    """Compare each artefact on each target with the graph it was lowered from.
+) -> tuple[list[ParityRow], list[str]]:
+    """Compare each artefact, wherever it can be run here, with the graph it was lowered from.
 
-    A file that others quantised comes from no graph of ours and has no simulation: it is compared
-    with itself, run operator by operator as it is written. A model whose batch is fixed is
-    compared at batch 1 only.
+    A format that none of the targets loads is run by its exporter's reader. A file that others
+    quantised comes from no graph of ours and has no simulation: it is compared with itself, run
+    operator by operator as it is written. A file whose batch is fixed is compared at batch 1
+    only.
 
     Args:
-        quantized: the graph of the artefact ``compressed``; None if others made that, too.
+        simulations: the graphs of the artefacts ``compressed``; none if others made that, too.
+
+    Returns:
+        The rows, and a line for every file that nothing here can run.
     """
 
-    def compute() -> list[dict[str, object]]:
-        batch_sizes = recipe.verify.batch_sizes if original.dynamic_batch else (1,)
-        total = len(artifacts) * (1 + len(recipe.targets) * len(batch_sizes))
+    def compute() -> dict[str, object]:
+        places, unchecked = _places(artifacts, targets)
+        total = sum(len(_batches(recipe, artifact)) for artifact, _, _ in places)
         rows = []
         with reporter.step(f"verify on {images.count} images", total=total) as advance:
             pixels = torch.cat(list(images.batches(images.count)))
-            own = _REFERENCE_BATCH if original.dynamic_batch else 1
-            references = _references(original, quantized, artifacts, pixels, own, recipe.seed)
-            advance(len(artifacts))
-            for target in recipe.targets:
-                for artifact in artifacts:
-                    run = _runner(target, artifact.path, len(allowed_cores()))
-                    for batch in batch_sizes:
-                        logits = _in_batches(run, pixels, batch)
-                        row = compare(
-                            artifact.name, target, batch, logits,
-                            references[artifact.name], images.description,
-                        )  # fmt: skip
-                        rows.append(row.model_dump(mode="json"))
-                        advance(1)
-        return _finite(rows)
+            size = _REFERENCE_BATCH if original.dynamic_batch else 1
+            references = _References(original, simulations, pixels, size, recipe.seed)
+            for artifact, runtime, load in places:
+                run = load()
+                for batch in _batches(recipe, artifact):
+                    row = compare(
+                        artifact, runtime, batch, _in_batches(run, pixels, batch),
+                        references.of(artifact), images.description,
+                    )  # fmt: skip
+                    rows.append(row.model_dump(mode="json"))
+                    advance(1)
+        return {"rows": _finite(rows), "unchecked": unchecked}
 
-    return [ParityRow.model_validate(row) for row in workspace.cached("parity", compute)]
+    found = workspace.cached("parity", compute)
+    return [ParityRow.model_validate(row) for row in found["rows"]], found["unchecked"]
+
+
+def _batches(recipe: Recipe, artifact: Artifact) -> tuple[int, ...]:
+    return recipe.verify.batch_sizes if artifact.dynamic_batch else (1,)
+
+
+def _places(
+    artifacts: Sequence[Artifact], targets: Sequence[Target]
+) -> tuple[list[tuple[Artifact, str, Maker]], list[str]]:
+    """Every (artefact, runtime) there is to compare, and what can't be."""
+    places: list[tuple[Artifact, str, Maker]] = []
+    unchecked = []
+    for target in targets:
+        for artifact in loadable(artifacts, target):
+            load = partial(_runner, target, artifact.path, len(allowed_cores()))
+            places.append((artifact, target.name, load))
+    seen = {(artifact.name, artifact.format) for artifact, _, _ in places}
+    for artifact in artifacts:
+        if (artifact.name, artifact.format) in seen:
+            continue
+        try:
+            reader = get_exporter(artifact.format).reader(artifact.path)
+        except TargetMissingError as error:
+            unchecked.append(f"{artifact.path.name}: parity not checked here: {error}")
+            continue
+        if reader is None:
+            why = "no target of this run loads it"
+            unchecked.append(f"{artifact.path.name}: parity not checked here: {why}")
+            continue
+        places.append((artifact, reader[0], partial(_same, reader[1])))
+    return places, unchecked
+
+
+def _same(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return run
 
 
 def _finite(rows: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -97,40 +137,43 @@ def _finite(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     ]  # fmt: skip
 
 
-def _references(
-    original: CapturedModel,
-    quantized: QuantizedModel | None,
-    artifacts: Sequence[Artifact],
-    pixels: Tensor,
-    batch: int,
-    seed: int,
-) -> dict[str, Reference]:
-    floats = make_reference(
-        "float model (torch)",
-        lambda x: _in_batches(original.graph_module, x, batch),
-        pixels,
-        None,
-        seed,
-    )
-    references = {"original": floats}
-    for artifact in artifacts:
+class _References:
+    """What the artefacts are compared with, each made when it is first wanted."""
+
+    def __init__(
+        self,
+        original: CapturedModel,
+        simulations: Mapping[Profile, QuantizedModel],
+        pixels: Tensor,
+        batch: int,
+        seed: int,
+    ) -> None:
+        self.simulations, self.pixels, self.batch, self.seed = simulations, pixels, batch, seed
+        self.floats = self._make("float model (torch)", original.graph_module, None)
+        self.made: dict[str, Reference] = {}
+
+    def of(self, artifact: Artifact) -> Reference:
+        """The reference of an artefact."""
         if artifact.name == "original":
-            continue
-        run: Callable[[Tensor], Tensor]
-        if artifact.name == "compressed" and quantized is not None:
-            name, run = "simulation (torch)", quantized
-            rounds_inside = any(plan.input_bits != FLOAT for plan in quantized.plans)
-        else:
-            name, run = UNOPTIMIZED, _as_written(artifact.path)
-            rounds_inside = not artifact.precision.endswith(f"a{FLOAT}")
-        references[artifact.name] = make_reference(
-            name,
-            partial(_in_batches, run, size=batch),
-            pixels,
-            floats.logits if rounds_inside else None,
-            seed,
-        )
-    return references
+            return self.floats
+        profile = get_exporter(artifact.format).profile
+        ours = artifact.name == "compressed" and bool(self.simulations)
+        key = profile if ours else artifact.name
+        if key not in self.made:
+            run: Callable[[Tensor], Tensor]
+            if ours:
+                simulation = self.simulations[profile]
+                name, run = "simulation (torch)", simulation
+                rounds_inside = any(plan.input_bits != FLOAT for plan in simulation.plans)
+            else:
+                name, run = UNOPTIMIZED, _as_written(artifact.path)
+                rounds_inside = not artifact.precision.endswith(f"a{FLOAT}")
+            self.made[key] = self._make(name, run, self.floats.logits if rounds_inside else None)
+        return self.made[key]
+
+    def _make(self, name: str, run: Callable[[Tensor], Tensor], floats: Tensor | None) -> Reference:
+        in_batches = partial(_in_batches, run, size=self.batch)
+        return make_reference(name, in_batches, self.pixels, floats, self.seed)
 
 
 def _as_written(path: Path) -> Callable[[Tensor], Tensor]:
@@ -163,25 +206,27 @@ def measure_accuracy(
     original: CapturedModel,
     quantized: QuantizedModel | None,
     artifacts: Sequence[Artifact],
+    targets: Sequence[Target],
     images: ImageSet | None,
     research: Mapping[str, Maker] | None = None,
 ) -> list[Accuracy]:
-    """Top-1 of every artefact on the labelled images, paired with the original's.
+    """Top-1 of every file that a target runs on the labelled images, paired with the original's.
 
-    The files run, on the first target. Without labelled images or trained weights: an empty list.
+    Each file runs once, on the first target that loads it, and is compared with the original's
+    file on the same target. Without labelled images or trained weights: an empty list.
 
     Args:
+        quantized: the first target's graph, for its simulation.
         research: simulations that no file has, made when they are run, by what the report calls
             them.
     """
     if images is None:
         return []
     assert images.labels is not None
-    data, size = images, recipe.evaluation.batch_size if original.dynamic_batch else 1
-    target = recipe.targets[0]
+    data = images
 
-    def predictions(title: str, run: Callable[[Tensor], Tensor]) -> list[int]:
-        with reporter.step(f"accuracy of the {title}, {len(data)} images", len(data)) as advance:
+    def predictions(title: str, run: Callable[[Tensor], Tensor], size: int) -> list[int]:
+        with reporter.step(f"accuracy of {title}, {len(data)} images", len(data)) as advance:
             seen = 0
 
             def progress(done: int) -> None:
@@ -192,44 +237,52 @@ def measure_accuracy(
             found: list[int] = top1_and_predictions(run, data, size, progress).tolist()
             return found
 
-    def of_artifact(artifact: Artifact) -> list[int]:
-        return predictions(artifact.name, _runner(target, artifact.path, len(allowed_cores())))
+    def of_artifact(artifact: Artifact, target: Target) -> list[int]:
+        size = recipe.evaluation.batch_size if artifact.dynamic_batch else 1
+        run = _runner(target, artifact.path, len(allowed_cores()))
+        return predictions(artifact.path.name, run, size)
 
-    found = {
-        artifact.name: torch.tensor(
-            workspace.cached(
-                f"predictions-{artifact.name}",
-                partial(of_artifact, artifact),
-            )
-        )
-        for artifact in artifacts
-    }
+    def kept(artifact: Artifact, target: Target) -> Tensor:
+        step = f"predictions-{artifact.format}-{artifact.name}-{target.name}"
+        return torch.tensor(workspace.cached(step, partial(of_artifact, artifact, target)))
+
+    size = recipe.evaluation.batch_size if original.dynamic_batch else 1
     simulated: float | None = None
     if recipe.evaluation.simulation and quantized is not None:
         run = quantized
         simulation = torch.tensor(
-            workspace.cached("predictions-simulation", lambda: predictions("simulation", run))
+            workspace.cached(
+                "predictions-simulation", lambda: predictions("the simulation", run, size)
+            )
         )
         simulated = 100 * float((simulation == images.labels).double().mean())
-    results = []
-    for artifact in artifacts:
-        if artifact.name == "original":
+    results: list[Accuracy] = []
+    first: Tensor | None = None
+    for target in targets:
+        done = {(result.artifact, result.format) for result in results}
+        files = loadable(artifacts, target)
+        wanted = [a for a in files if a.name != "original" and (a.name, a.format) not in done]
+        if not wanted:
             continue
-        result = paired_accuracy(
-            artifact.name, images.labels, found["original"], found[artifact.name], data.description
-        )
-        ours = simulated if artifact.name == "compressed" else None
-        results.append(result.model_copy(update={"simulated_top1": ours}))
+        floats = kept(next(a for a in files if a.name == "original"), target)
+        first = floats if first is None else first
+        for artifact in wanted:
+            result = paired_accuracy(
+                artifact.name, images.labels, floats, kept(artifact, target), data.description
+            )
+            ours = simulated if artifact.name == "compressed" and target is targets[0] else None
+            facts = {"format": artifact.format, "target": target.name, "simulated_top1": ours}
+            results.append(result.model_copy(update=facts))
+    if first is None:
+        return results
     for number, (name, make) in enumerate((research or {}).items()):
 
         def of_research(name: str = name, make: Maker = make) -> list[int]:
-            return predictions(name, make())
+            return predictions(name, make(), size)
 
-        kept = workspace.cached(f"predictions-research-{number}", of_research)
+        predicted = workspace.cached(f"predictions-research-{number}", of_research)
         results.append(
-            paired_accuracy(
-                name, images.labels, found["original"], torch.tensor(kept), data.description
-            )
+            paired_accuracy(name, images.labels, first, torch.tensor(predicted), data.description)
         )
     return results
 
@@ -240,14 +293,15 @@ def measure_latency(
     reporter: Reporter,
     backbone: Backbone,
     artifacts: Sequence[Artifact],
+    targets: Sequence[Target],
 ) -> list[Measurement]:
     """Latency and memory of all artefacts on every target, interleaved, in fresh processes."""
     section, size = recipe.measure, backbone.preprocessing.size
     results: list[Measurement] = []
-    for target in recipe.targets:
+    for target in targets:
 
-        def compute(target: str = target) -> list[dict[str, object]]:
-            with reporter.step(f"latency on {target}", total=1.0) as advance:
+        def compute(target: Target = target) -> list[dict[str, object]]:
+            with reporter.step(f"latency on {target.name}", total=1.0) as advance:
                 seen = 0.0
 
                 def progress(fraction: float, _: str) -> None:
@@ -256,8 +310,8 @@ def measure_latency(
                     seen = max(fraction, seen)
 
                 found = measure(
-                    target,
-                    [(a.name, a.path, a.precision) for a in artifacts],
+                    target.name,
+                    [(a.name, a.path, a.precision) for a in loadable(artifacts, target)],
                     batch=section.batch_size,
                     input_shape=(3, size, size),
                     threads=section.threads,
@@ -268,8 +322,12 @@ def measure_latency(
                     seed=recipe.seed,
                     progress=progress,
                 )
-            return [m.model_dump(mode="json") for m in found]
+            formats = {a.name: a.format for a in loadable(artifacts, target)}
+            return [
+                m.model_copy(update={"format": formats[m.artifact]}).model_dump(mode="json")
+                for m in found
+            ]
 
-        rows = workspace.cached(f"latency-{target}", compute)
+        rows = workspace.cached(f"latency-{target.name}", compute)
         results += [Measurement.model_validate(row) for row in rows]
     return results

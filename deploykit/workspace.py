@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.errors import UsageError
-from deploykit.fsio import atomic_write_bytes, atomic_write_text, ensure_directory
+from deploykit.fsio import atomic_write_bytes, atomic_write_text, ensure_directory, publish, remove
 
 __all__ = ["Workspace", "open_workspace"]
 
@@ -24,10 +24,8 @@ _FILES = (
     "report.md",
     "environment.json",
     "recipe.yaml",
-    "model.onnx",
-    "original.onnx",
-    "nncf.onnx",
 )
+_STEMS = ("model", "original", "nncf")  # of the files in any format
 _OURS = (".work", "report.json", "recipe.yaml")
 _STAMP = "run.json"
 
@@ -58,6 +56,23 @@ class Workspace:
     def write(self, path: Path, data: bytes) -> None:
         """Write a file of the run, whole or not at all."""
         atomic_write_bytes(path, data)
+
+    def fresh_folder(self, name: str) -> Path:
+        """A new, empty folder for files that are not all there yet."""
+        folder = self.work / name
+        remove(folder)
+        ensure_directory(folder)
+        return folder
+
+    def adopt(self, folder: Path) -> list[Path]:
+        """Move everything in a folder into the output folder; the new paths."""
+        moved = []
+        for path in sorted(folder.iterdir()):
+            place = self.out / path.name
+            publish(path, place)
+            moved.append(place)
+        folder.rmdir()
+        return moved
 
     def finish(self) -> None:
         """The run is complete: drop what only a resumed run would need."""
@@ -113,6 +128,8 @@ def open_workspace(
         shutil.rmtree(out / ".work", ignore_errors=True)
         for name in _FILES:
             (out / name).unlink(missing_ok=True)
+        for path in [path for path in out.iterdir() if path.name.split(".")[0] in _STEMS]:
+            remove(path)
     elif occupied:
         message = f"output {out} isn't empty: use --overwrite, --resume or another -o"
         raise UsageError(message)

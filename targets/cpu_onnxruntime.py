@@ -29,6 +29,7 @@ class CpuOnnxRuntime:
 
     name: str
     formats: tuple[str, ...] = ("onnx",)
+    exporter: str = "onnx"
 
     def available(self) -> str | None:
         """None, or why onnxruntime cannot be imported."""

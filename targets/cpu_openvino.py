@@ -24,6 +24,7 @@ class CpuOpenvino:
 
     name: str
     formats: tuple[str, ...] = ("onnx", "xml")
+    exporter: str = "openvino"
 
     def available(self) -> str | None:
         """None, or why openvino cannot be imported."""

@@ -47,6 +47,8 @@ class Target(Protocol):
     name: str
     formats: tuple[str, ...]
     """File suffixes, without the dot, that the target loads."""
+    exporter: str
+    """The exporter whose files suit it best."""
 
     def available(self) -> str | None:
         """None when the target can be used, else why not and how to mend it."""

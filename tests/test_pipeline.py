@@ -13,14 +13,15 @@ import torch
 
 import deploykit
 from deploykit import fsio, verify
+from deploykit.artifacts import size_and_hash
 from deploykit.errors import AccuracyGateError, ExitCode, ParityError, UsageError
 from deploykit.quant import calibrate as calibrate_module
 from deploykit.report.model import Report, load_report
 
 FILES = {
     "recipe.yaml",
-    "original.onnx",
-    "model.onnx",
+    *("original.onnx", "original.xml", "original.bin"),
+    *("model.onnx", "model.xml", "model.bin"),
     "report.json",
     "report.md",
     "report.html",
@@ -53,15 +54,22 @@ def test_the_report_on_disk_is_the_report_returned(finished: tuple[Path, Report]
 
 def test_sizes_and_hashes_are_those_of_the_files(finished: tuple[Path, Report]) -> None:
     for artifact in finished[1].artifacts:
-        assert artifact.path.stat().st_size == artifact.bytes
+        companion = artifact.path.with_suffix(".bin")
+        files = [artifact.path, *([companion] if artifact.format == "openvino" else [])]
+        assert sum(file.stat().st_size for file in files) == artifact.bytes
+        assert size_and_hash(files)["sha256"] == artifact.sha256
     assert finished[1].compressed.bytes < finished[1].original.bytes
 
 
 def test_the_artefact_itself_was_asked(finished: tuple[Path, Report]) -> None:
     report = finished[1]
-    (accuracy,) = report.accuracy
-    assert accuracy.top1_original == 100  # the labels are the float model's answers
-    assert accuracy.top1 >= 75
+    assert [(a.format, a.target) for a in report.accuracy] == [
+        ("onnx", "cpu-onnxruntime"),
+        ("openvino", "cpu-openvino"),
+    ]
+    for accuracy in report.accuracy:
+        assert accuracy.top1_original == 100  # the labels are the float model's answers
+        assert accuracy.top1 >= 75
     assert {row.batch for row in report.parity} == {1, 8}
     assert {row.runtime for row in report.parity} == {"cpu-onnxruntime", "cpu-openvino"}
     assert all(row.passed for row in report.parity)

@@ -99,7 +99,13 @@ def size_plot(report: Report) -> Plot | None:
         return None
 
     def paint(axes: Axes) -> None:
-        names = [f"{wording.shorten(wording.clean(a.name), 16)}\n{a.precision}" for a in artifacts]
+        several = len({a.format for a in artifacts}) > 1
+        names = [
+            wording.shorten(wording.clean(a.name), 16)
+            + f"\n{a.precision}"
+            + (f", {wording.clean(a.format)}" if several else "")
+            for a in artifacts
+        ]
         sizes = [a.bytes / 1e6 for a in artifacts]
         colours = [BEFORE if a.name == "original" else AFTER for a in artifacts]
         bars = axes.barh(range(len(names)), sizes, color=colours, height=0.6)

@@ -68,22 +68,29 @@ def rows(report: Report) -> list[Row]:
     """The comparison, target by target, the original first."""
     ordered = sorted(report.artifacts, key=lambda a: a.name != "original")
     targets = list(dict.fromkeys(m.target for m in report.measurements)) or [""]
+    several = len({artifact.format for artifact in report.artifacts}) > 1
     result = []
     for target in targets:
         for artifact in ordered:
             measurement = report.find_measurement(artifact.name, target)
-            elsewhere = any(m.artifact == artifact.name for m in report.measurements)
-            if measurement is None and elsewhere:
+            if measurement is not None and measurement.format != artifact.format:
+                measurement = None
+            elsewhere = any(
+                (m.artifact, m.format) == (artifact.name, artifact.format)
+                for m in report.measurements
+            )
+            if measurement is None and (elsewhere or target != targets[-1]):
                 continue
+            precision = measurement.precision if measurement else artifact.precision
+            if several:
+                precision = f"{precision}, {artifact.format}"
             result.append(
                 Row(
                     artifact=wording.clean(artifact.name),
-                    precision=wording.clean(
-                        measurement.precision if measurement else artifact.precision
-                    ),
+                    precision=wording.clean(precision),
                     algorithm=wording.clean(artifact.algorithm),
-                    target=wording.clean(target),
-                    top1=accuracy_text(report, artifact.name),
+                    target=wording.clean(target) if measurement else "",
+                    top1=accuracy_text(report, artifact),
                     size=wording.bytes_text(artifact.bytes),
                     measurement=measurement,
                 )
@@ -91,13 +98,14 @@ def rows(report: Report) -> list[Row]:
     return result
 
 
-def accuracy_text(report: Report, artifact: str) -> str:
-    """Top-1 of an artefact; a refusal on untrained weights, whatever else is in the report."""
+def accuracy_text(report: Report, artifact: Artifact) -> str:
+    """Top-1 of a file; a refusal on untrained weights, whatever else is in the report."""
     if not report.weights.trained:
         return wording.REFUSED
-    if artifact == "original" and report.accuracy:
-        return wording.percent(report.accuracy[0].top1_original)
-    accuracy = report.find_accuracy(artifact)
+    measured = [a for a in report.accuracy if a.format == artifact.format]
+    if artifact.name == "original" and measured:
+        return wording.percent(measured[0].top1_original)
+    accuracy = next((a for a in measured if a.artifact == artifact.name), None)
     return wording.percent(accuracy.top1) if accuracy else "not measured"
 
 
