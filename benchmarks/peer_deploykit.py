@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peer_common import SEED, Stopwatch
-from deploykit.export.onnx import export_onnx
+from deploykit.export.onnx import onnx_bytes
 from deploykit.graph.capture import capture
 from deploykit.quant.quantize import quantize
 from deploykit.quantize_options import quantize_options
@@ -35,7 +35,7 @@ def quantized_file(
     made = quantize(captured, quantize_options(section, SEED), lambda: images.split(16))
     watch.stop()
     path = folder / "model.onnx"
-    export_onnx(made.graph_module, backbone, path, dynamic_batch=made.dynamic_batch)
+    path.write_bytes(onnx_bytes(made.graph_module, backbone, dynamic_batch=made.dynamic_batch))
     return path
 
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 import deploykit.graph.ops  # noqa: F401  (registers the operators that the exporter knows)
 from benchmarks.peer_common import Stopwatch
-from deploykit.export.onnx import INPUT_NAME, export_onnx
+from deploykit.export.onnx import onnx_bytes
+from deploykit.export.onnx_exporters import INPUT_NAME
 from deploykit.graph.capture import capture
 from deploykit.types import Backbone
 
@@ -58,7 +59,9 @@ def quantized_file(
     """Write the float file, prepare it as the documentation asks, quantise it."""
     captured = capture(backbone)
     floats, prepared, out = (folder / f"{name}.onnx" for name in ("float", "prepared", "int8"))
-    export_onnx(captured.graph_module, backbone, floats, dynamic_batch=captured.dynamic_batch)
+    floats.write_bytes(
+        onnx_bytes(captured.graph_module, backbone, dynamic_batch=captured.dynamic_batch)
+    )
     method, operators = VARIANTS[variant]
     logging.disable(logging.WARNING)  # a line for each LayerNorm weight, which has no channel axis
     watch.start()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -15,16 +11,15 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from deploykit.errors import DeploykitError
-from deploykit.export.onnx_lowering import OPSET, translation_table
+from deploykit.errors import DeploykitError, one_line
+from deploykit.export.onnx_exporters import to_onnx
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
 from deploykit.types import Backbone
 
-__all__ = ["INPUT_NAME", "OUTPUT_NAME", "Onnx", "export_onnx", "onnx_bytes"]
+__all__ = ["Onnx", "lower_onnx", "onnx_bytes"]
 
-INPUT_NAME, OUTPUT_NAME = "image", "logits"
 _PROTOBUF_LIMIT = 2**31 - 2**20
 
 
@@ -41,31 +36,18 @@ class Onnx:
 
     def export(self, source: Source, path: Path) -> Exported:
         """See ``Exporter.export``."""
-        export_onnx(
+        data, notes = lower_onnx(
             source.graph_module,
             source.backbone,
-            path,
             dynamic_batch=source.dynamic_batch,
             metadata={**source.metadata, "precision": source.precision},
         )
-        return Exported(source.precision, source.dynamic_batch)
+        path.write_bytes(data)
+        return Exported(source.precision, source.dynamic_batch, tuple(notes))
 
     def reader(self, path: Path) -> tuple[str, Reader] | None:  # noqa: ARG002
         """None: every runtime of the file is a target."""
         return None
-
-
-def export_onnx(
-    graph_module: fx.GraphModule,
-    backbone: Backbone,
-    path: str | Path,
-    *,
-    dynamic_batch: bool = True,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write ``onnx_bytes`` to ``path`` (not atomically: the caller writes aside)."""
-    data = onnx_bytes(graph_module, backbone, dynamic_batch=dynamic_batch, metadata=metadata)
-    Path(path).write_bytes(data)
 
 
 def onnx_bytes(
@@ -76,6 +58,20 @@ def onnx_bytes(
     signed: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
+    """The file that ``lower_onnx`` makes."""
+    return lower_onnx(
+        graph_module, backbone, dynamic_batch=dynamic_batch, signed=signed, metadata=metadata
+    )[0]
+
+
+def lower_onnx(
+    graph_module: fx.GraphModule,
+    backbone: Backbone,
+    *,
+    dynamic_batch: bool = True,
+    signed: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[bytes, list[str]]:
     """Lower a captured or quantised graph to one ONNX file, opset 21, weights inside.
 
     The input is ``image`` float32 (batch, 3, S, S), the output ``logits`` float32
@@ -86,32 +82,20 @@ def onnx_bytes(
         metadata: written to the file's metadata properties, sorted, so equal inputs give equal
             bytes.
 
+    Returns:
+        The file, and what the report should say of how it was made.
+
     Raises:
         DeploykitError: the exporter refused the graph, froze the batch, or the file would pass
             protobuf's 2 GiB.
     """
     size = backbone.preprocessing.size
     example = torch.zeros(2 if dynamic_batch else 1, 3, size, size)
-    shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if dynamic_batch else None
     try:
-        with torch.no_grad(), _quiet():
-            program = torch.export.export(graph_module, (example,), dynamic_shapes=shapes)
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
-                custom_translation_table=translation_table(signed=signed),
-                optimize=True,
-                verbose=False,
-            )
-    except Exception as error:  # the exporter raises many unrelated types
-        text = str(error).strip() or type(error).__name__
-        message = f"{backbone.name} can't be exported to ONNX: {text.splitlines()[0]}"
+        model, notes = to_onnx(graph_module, example, dynamic_batch=dynamic_batch, signed=signed)
+    except Exception as error:  # the exporters raise many unrelated types
+        message = f"{backbone.name} can't be exported to ONNX: {one_line(error)}"
         raise DeploykitError(message) from error
-    assert exported is not None
-    model = exported.model
     _pack_four_bit(model, _four_bit_names(graph_module))
     _check_batch(model, backbone, dynamic_batch)
     _strip(model)
@@ -124,23 +108,7 @@ def onnx_bytes(
     onnx.checker.check_model(proto)
     data = proto.SerializeToString(deterministic=True)
     assert isinstance(data, bytes)
-    return data
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines and warnings out of the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return data, notes
 
 
 def _four_bit_names(graph_module: fx.GraphModule) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deploykit.errors import DeploykitError, TargetMissingError, one_line
-from deploykit.export.onnx import onnx_bytes
+from deploykit.export.onnx import lower_onnx
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.runtimes import import_openvino
 
@@ -40,7 +40,7 @@ class Openvino:
             DeploykitError: OpenVINO refuses the graph.
         """
         openvino = import_openvino()
-        data = onnx_bytes(
+        data, notes = lower_onnx(
             source.graph_module, source.backbone, dynamic_batch=source.dynamic_batch, signed=True
         )
         try:
@@ -51,7 +51,7 @@ class Openvino:
         except Exception as error:  # its exceptions share no base of their own
             message = f"{source.backbone.name}: openvino refuses the graph: {one_line(error)}"
             raise DeploykitError(message) from error
-        return Exported(source.precision, source.dynamic_batch)
+        return Exported(source.precision, source.dynamic_batch, tuple(notes))
 
     def reader(self, path: Path) -> tuple[str, Reader] | None:  # noqa: ARG002
         """None: OpenVINO's runtime is a target."""

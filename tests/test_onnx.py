@@ -20,7 +20,8 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from deploykit.errors import DeploykitError
-from deploykit.export.onnx import INPUT_NAME, OUTPUT_NAME, export_onnx, onnx_bytes
+from deploykit.export.onnx import onnx_bytes
+from deploykit.export.onnx_exporters import INPUT_NAME, OUTPUT_NAME
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.ops import (
     dequantize,
@@ -486,7 +487,8 @@ def test_the_file_says_what_it_is() -> None:
 def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
     model = quantize(model_of("cnn"), QuantizeOptions(4, 4), batches(count=16))
     metadata = {"a": "first", "bits": "w4a4"}
-    export_onnx(model.graph_module, model.backbone, tmp_path / "m.onnx", metadata=metadata)
+    data = onnx_bytes(model.graph_module, model.backbone, metadata=metadata)
+    (tmp_path / "m.onnx").write_bytes(data)
     assert (tmp_path / "m.onnx").read_bytes() == quantized_file("cnn", 4, 4)
 
 

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from deploykit.errors import UsageError
-from deploykit.export.onnx import export_onnx
+from deploykit.export.onnx import onnx_bytes
 from deploykit.quant.plan import plan_layers
 from deploykit.quant.quantize import QuantizeOptions, quantize
 from deploykit.targets import profiler
@@ -27,7 +27,7 @@ def test_every_layer_gets_a_time(module: nn.Module, bits: int, tmp_path: Path) -
     if bits < 16:
         graph_module = quantize(model, QuantizeOptions(bits, bits), batches()).graph_module
     path = tmp_path / "model.onnx"
-    export_onnx(graph_module, model.backbone, path)
+    path.write_bytes(onnx_bytes(graph_module, model.backbone))
     times = layer_times(path, layers, input_shape=SHAPE, seconds=0.05)
     assert list(times) == layers
     assert min(times.values()) > 0
@@ -48,7 +48,7 @@ def test_kernels_between_layers_count_for_the_next_and_all_add_up(
     """Names as ONNX Runtime gives them: after the output value, decorated, or of its own making."""
     model = captured(tiny_cnn())
     path = tmp_path / "model.onnx"
-    export_onnx(model.graph_module, model.backbone, path)
+    path.write_bytes(onnx_bytes(model.graph_module, model.backbone))
     kernels = [
         ("Transpose", "Transpose", 1.0),
         ("relu_nchwc", "Conv", 2.0),
@@ -70,7 +70,7 @@ def test_layers_the_runtime_merged_are_an_error_that_says_so(
 ) -> None:
     model = captured(tiny_cnn())
     path = tmp_path / "model.onnx"
-    export_onnx(model.graph_module, model.backbone, path)
+    path.write_bytes(onnx_bytes(model.graph_module, model.backbone))
     fake_answer(monkeypatch, [("all", "Attention", 1.0)], total=1.0)
     layers = ["stem", "depthwise", "narrow", "wide", "head"]
     with pytest.raises(UsageError, match=r"5 layers planned, 5 .* 1 computing kernels.*--latency"):
