@@ -11,6 +11,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from deploykit.cli_options import (
+    ImgSize,
+    Json,
+    Model,
+    NumClasses,
+    Out,
+    Overwrite,
+    RecipeFile,
+    Seed,
+    Set,
+    Weights,
+    listed,
+    print_json,
+    resolved,
+)
 from deploykit.cli_sensitivity import sensitivity
 from deploykit.errors import DeploykitError, ExitCode
 
@@ -29,23 +44,11 @@ ModelName = Annotated[
     str,
     typer.Argument(help="Backbone name, module:factory, or checkpoint path."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, last.")]
-Weights = Annotated[
-    str | None,
-    typer.Option(help="auto, hub, random, or a checkpoint file.", show_default="auto"),
-]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of the head.")]
-ImgSize = Annotated[int | None, typer.Option(help="Input side in pixels.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
-
-
-def _print_json(text: str) -> None:
-    sys.stdout.write(json.dumps(json.loads(text), ensure_ascii=False) + "\n")
 
 
 @app.command()
 def compress(
-    model: Annotated[str | None, typer.Option(help="Backbone name or module:factory.")] = None,
+    model: Model = None,
     bits: Annotated[str | None, typer.Option(help="4, 8, w4a8, w4a16 …")] = None,
     algorithm: Annotated[
         str | None, typer.Option(help="Who quantises: deploykit or nncf.", show_default="deploykit")
@@ -58,10 +61,8 @@ def compress(
         float | None, typer.Option(help="Seconds quantising should take at most.")
     ] = None,
     weights: Weights = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML).")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override: section.key=value.")
-    ] = None,
+    recipe: RecipeFile = None,
+    set_: Set = None,
     calib: Annotated[Path | None, typer.Option(help="Calibration images.")] = None,
     calib_images: Annotated[int | None, typer.Option(help="How many of them.")] = None,
     data: Annotated[Path | None, typer.Option(help="Labelled images for accuracy.")] = None,
@@ -79,23 +80,22 @@ def compress(
     threads: Annotated[int | None, typer.Option(help="Threads of the latency runs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Batch of the latency runs.")] = None,
     seed: Seed = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
+    out: Out = None,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run's files.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> int:
     """Compress, export, verify and measure a backbone."""
     from deploykit.api import options_to_recipe
     from deploykit.pipeline import default_output, run
     from deploykit.progress import Reporter
-    from deploykit.recipe_io import apply_overrides, build_recipe, load_recipe
     from deploykit.report.terminal import render_terminal
 
     options = options_to_recipe(
         model=model,
         bits=bits,
         algorithm=algorithm,
-        compare=None if compare is None else [c.strip() for c in compare.split(",")],
+        compare=listed(compare),
         preset=preset,
         time_budget=time_budget,
         weights=weights,
@@ -104,8 +104,8 @@ def compress(
         calib=calib,
         calib_images=calib_images,
         data=data,
-        targets=None if targets is None else [t.strip() for t in targets.split(",")],
-        formats=None if formats is None else [f.strip() for f in formats.split(",")],
+        targets=listed(targets),
+        formats=listed(formats),
         sparsity=sparsity,
         threads=threads,
         batch_size=batch_size,
@@ -113,13 +113,10 @@ def compress(
         max_latency_ms=max_latency,
         seed=seed,
     )
-    if recipe is not None:
-        resolved = load_recipe(recipe, set_ or [], options)
-    else:
-        resolved = build_recipe(apply_overrides(options, set_ or []))
-    out = out or default_output(resolved)
+    chosen = resolved(recipe, set_, options)
+    out = out or default_output(chosen)
     report = run(
-        resolved,
+        chosen,
         out,
         command=shlex.join(["deploykit", *sys.argv[1:]]),
         reporter=Reporter(),
@@ -128,7 +125,7 @@ def compress(
     )
     render_terminal(report, Console(stderr=as_json, highlight=False), out)
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     return report.exit_code
 
 
@@ -147,7 +144,7 @@ def list_(
 
     found = list_backbones(pattern, all_timm=all_timm)
     if as_json:
-        _print_json(json.dumps([spec.model_dump(mode="json") for spec in found]))
+        print_json(json.dumps([spec.model_dump(mode="json") for spec in found]))
     else:
         Console(highlight=False).print(backbones_table(found))
     return 0
@@ -178,7 +175,7 @@ def inspect(
     )
     found = inspect_model(recipe.model, recipe.seed)
     if as_json:
-        _print_json(found.model_dump_json())
+        print_json(found.model_dump_json())
     else:
         print_inspection(found, Console(highlight=False))
     return 0
@@ -215,7 +212,7 @@ def check(
     )
     Console(stderr=as_json, highlight=False).print(gates_table(gates))
     if as_json:
-        _print_json(json.dumps([gate.model_dump(mode="json") for gate in gates]))
+        print_json(json.dumps([gate.model_dump(mode="json") for gate in gates]))
     raise_for_gates(gates)
     return 0
 
@@ -239,7 +236,7 @@ def report_(
     if out is not None:
         write_report(found, out)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     elif markdown:
         sys.stdout.write(render_markdown(found))
     else:
@@ -257,7 +254,7 @@ def doctor(as_json: Json = False) -> int:
     rows = [(name, get_target(name).available()) for name in list_targets()]
     if as_json:
         targets = {name: reason or "ok" for name, reason in rows}
-        _print_json(json.dumps({"targets": targets, "environment": environment()}))
+        print_json(json.dumps({"targets": targets, "environment": environment()}))
     else:
         Console(highlight=False).print(doctor_table(rows, environment()))
     return 0
@@ -281,9 +278,9 @@ def _main(argv: list[str] | None) -> int:
     except DeploykitError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(
-            "interrupted; run the same command with --resume to go on", ExitCode.INTERRUPTED
-        )
+        resumable = arguments[:1] == ["compress"]
+        hint = "; run the same command with --resume to go on" if resumable else ""
+        return _fail(f"interrupted{hint}", ExitCode.INTERRUPTED)
     except typer.TyperException as error:  # an unknown option, a missing argument
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         return _fail(f"{text} (see deploykit --help)", ExitCode.USAGE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from enum import StrEnum
@@ -11,6 +10,21 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from deploykit.cli_options import (
+    ImgSize,
+    Json,
+    Model,
+    NumClasses,
+    Out,
+    Overwrite,
+    RecipeFile,
+    Seed,
+    Set,
+    Weights,
+    print_json,
+    resolved,
+)
 
 __all__ = ["sensitivity"]
 
@@ -32,7 +46,7 @@ class MethodName(StrEnum):
 
 
 def sensitivity(
-    model: Annotated[str | None, typer.Option(help="Backbone name or module:factory.")] = None,
+    model: Model = None,
     metric: Annotated[
         MetricName, typer.Option(help="How a layer's loss is scored.")
     ] = MetricName.kl,
@@ -52,31 +66,23 @@ def sensitivity(
         typer.Option(help="Times {layer: {bits: ms}} (JSON); measured here if left out."),
     ] = None,
     method: Annotated[MethodName, typer.Option(help="How bits are allocated.")] = MethodName.ilp,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="auto, hub, random, or a checkpoint file.", show_default="auto"),
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML) to start from.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override: section.key=value.")
-    ] = None,
+    weights: Weights = None,
+    recipe: RecipeFile = None,
+    set_: Set = None,
     calib: Annotated[Path | None, typer.Option(help="Images to calibrate and score on.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Goes into the recipe only: scores need no labels.")
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Classes of the head.")] = None,
-    img_size: Annotated[int | None, typer.Option(help="Input side in pixels.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output folder.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run's files.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, last.")
-    ] = False,
+    num_classes: NumClasses = None,
+    img_size: ImgSize = None,
+    seed: Seed = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> int:
     """Score how much each layer loses at each width, and allocate bits under a budget."""
     from deploykit.api import options_to_recipe
     from deploykit.progress import Reporter
-    from deploykit.recipe_io import apply_overrides, build_recipe, load_recipe
     from deploykit.report.sensitivity_page import print_sensitivity
     from deploykit.sensitivity import (
         SensitivityOptions,
@@ -108,13 +114,10 @@ def sensitivity(
         data=data,
         seed=seed,
     )
-    if recipe is not None:
-        resolved = load_recipe(recipe, set_ or [], given)
-    else:
-        resolved = build_recipe(apply_overrides(given, set_ or []))
-    out = out or default_output(resolved)
+    chosen = resolved(recipe, set_, given)
+    out = out or default_output(chosen)
     report = run_sensitivity(
-        resolved,
+        chosen,
         out,
         options,
         command=shlex.join(["deploykit", *sys.argv[1:]]),
@@ -123,5 +126,5 @@ def sensitivity(
     )
     print_sensitivity(report, Console(stderr=as_json, highlight=False), out)
     if as_json:
-        sys.stdout.write(json.dumps(json.loads(report.to_json()), ensure_ascii=False) + "\n")
+        print_json(report.to_json())
     return report.exit_code

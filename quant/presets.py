@@ -17,7 +17,7 @@ __all__ = ["DEFAULT_BUDGET_S", "PresetChoice", "choose_preset", "estimate_second
 
 DEFAULT_BUDGET_S = 300.0
 
-# Work in forward passes of the float model, measured (benchmarks/quantize_time.py): two
+# Work in forward passes of the float model (benchmarks/growth.py shows the seconds): two
 # calibration passes with their histograms; each layer's inputs, wanted outputs and second
 # moments; a training step of every unit.
 _OBSERVE = 4.0
