@@ -1,0 +1,86 @@
+"""What is changed in a quantised graph before Core ML's converter sees it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from torch import fx
+
+from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
+from deploykit.graph.edit import clean, constant, is_op
+
+__all__ = ["minimum_target", "with_linears"]
+
+aten = torch.ops.aten
+_OPS = torch.ops.deploykit
+_QUANTIZERS = (
+    _OPS.fake_quantize.default,
+    _OPS.fake_quantize_log.default,
+    _OPS.fake_quantize_twin.default,
+)
+
+
+def minimum_target(graph_module: fx.GraphModule) -> int:
+    """The oldest iOS whose Core ML has the operators that the graph needs.
+
+    16 has 8-bit weights (``constexpr_affine_dequantize``), 17 quantised activations
+    (``quantize``), 18 four-bit weights (``constexpr_blockwise_shift_scale``).
+    """
+    nodes = list(graph_module.graph.nodes)
+    if any(is_op(node, _OPS.dequantize.default) and node.args[3] <= 4 for node in nodes):
+        return 18
+    return 17 if any(is_op(node, *_QUANTIZERS) for node in nodes) else 16
+
+
+def with_linears(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which ``x @ W^T + b`` with quantised weights is one linear layer again.
+
+    The quantised graph stores the weights of such layers transposed, (in, out), because other
+    runtimes want a product. Core ML wants (out, in): its ``linear`` takes compressed weights and
+    has a bias. The codes are the same, in another order.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own pytree warns about itself when copied
+        result = copy.deepcopy(graph_module)
+    for node in list(result.graph.nodes):
+        if is_op(node, aten.matmul.default) and is_op(node.args[1], _OPS.dequantize.default):
+            _make_linear(result, node)
+    clean(result)
+    return result
+
+
+def _make_linear(graph_module: fx.GraphModule, product: fx.Node) -> None:
+    weight = product.args[1]
+    assert isinstance(weight, fx.Node)
+    codes_node, scale, axis, bits = weight.args
+    codes = constant(graph_module, codes_node)
+    assert isinstance(codes_node, fx.Node)
+    if codes is None or codes.ndim != 2 or axis != 1:
+        return
+    if len(codes_node.users) > 1 or len(weight.users) > 1:
+        return
+    setattr(graph_module, str(codes_node.target), codes.t().contiguous())
+    weight.args = (codes_node, scale, 0, bits)
+    last, bias = _bias_of(graph_module, product, codes.shape[1])
+    with graph_module.graph.inserting_before(last):
+        linear = graph_module.graph.call_function(
+            aten.linear.default, (product.args[0], weight, bias)
+        )
+    linear.meta = dict(product.meta)
+    last.replace_all_uses_with(linear)
+
+
+def _bias_of(
+    graph_module: fx.GraphModule, product: fx.Node, outputs: int
+) -> tuple[fx.Node, fx.Node | None]:
+    """The node whose value the linear layer has, and its bias, if it has one."""
+    users = list(product.users)
+    if len(users) == 1 and is_op(users[0], aten.add.Tensor) and not users[0].kwargs:
+        left, right = users[0].args
+        bias = constant(graph_module, right)
+        if left is product and bias is not None and bias.shape == (outputs,):
+            assert isinstance(right, fx.Node)
+            return users[0], right
+    return product, None
