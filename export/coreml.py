@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
-from torch import fx
 
 from deploykit.errors import DeploykitError, TargetMissingError, UsageError
 from deploykit.export.coreml_graph import minimum_target, with_linears
 from deploykit.export.coreml_package import write_package
+from deploykit.export.coreml_program import check_names, computed_in_float32, count_layers
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
@@ -31,10 +31,10 @@ READER_NAME = "MIL evaluated in torch: graph and stored weights, not the device'
 
 _OPS = torch.ops.deploykit
 _SYSTEMS = {16: "iOS 16 / macOS 13", 17: "iOS 17 / macOS 14", 18: "iOS 18 / macOS 15"}
-_PRODUCTS = ("conv", "linear", "matmul")
+_TABLE_QUANTIZERS = (_OPS.fake_quantize_log.default, _OPS.fake_quantize_twin.default)
 # It multiplies the scales of both inputs of a sum by one factor: the same values, but then the
 # file holds other scales than the graph.
-_UNWANTED_PASS = "common::distributive_quantized_binary_op_scale_normalization"
+_RESCALING_STEP = "common::distributive_quantized_binary_op_scale_normalization"
 
 
 @register_exporter("coreml")
@@ -100,14 +100,14 @@ class Coreml:
         except Exception as error:  # the converter raises many unrelated types
             message = f"{source.backbone.name} can't be exported to Core ML: {one_line(error)}"
             raise DeploykitError(message) from error
-        program = model._mil_program.functions["main"]
-        _check(program, self.floats, lowering)
+        function = model._mil_program.functions["main"]
+        check_names(function, INPUT_NAME, OUTPUT_NAME)
         write_package(model, path, source.backbone.name, source.metadata)
         return Exported(
             precision=self._precision(source.precision),
             dynamic_batch=source.dynamic_batch,
-            notes=tuple(self._notes(source, target, lowering)),
-            layers=_layers(program),
+            notes=tuple(self._notes(source, target, function)),
+            layers=count_layers(function),
         )
 
     def reader(self, path: Path) -> tuple[str, Reader]:
@@ -131,15 +131,15 @@ class Coreml:
         # With a range Core ML may use the Neural Engine for the default shape, which is batch 1.
         sizes = ct.RangeDim(1, MAX_BATCH, default=1) if dynamic else 1
         pipeline = ct.PassPipeline.DEFAULT
-        pipeline.remove_passes({_UNWANTED_PASS})
+        pipeline.remove_passes({_RESCALING_STEP})
         precision = ct.precision.FLOAT32
         if self.floats == "fp16":
             precision = ct.transform.FP16ComputePrecision(op_selector=lowering.may_be_half)
         with lowering.registered():
             return ct.convert(
                 program,
-                inputs=[ct.TensorType(INPUT_NAME, (sizes, 3, size, size), torch_float())],
-                outputs=[ct.TensorType(OUTPUT_NAME, dtype=torch_float())],
+                inputs=[ct.TensorType(INPUT_NAME, (sizes, 3, size, size), np.float32)],
+                outputs=[ct.TensorType(OUTPUT_NAME, dtype=np.float32)],
                 convert_to="mlprogram",
                 minimum_deployment_target=getattr(ct.target, f"iOS{target}"),
                 compute_precision=precision,
@@ -152,14 +152,10 @@ class Coreml:
             return f"{self.floats}, weights in palettes of {2**self.palettize_bits}"
         return self.floats if graph == "fp32" else graph
 
-    def _notes(self, source: Source, target: int, lowering: Lowering) -> list[str]:
+    def _notes(self, source: Source, target: int, function: Any) -> list[str]:
         nodes = source.graph_module.graph.nodes
-        quantizers = [n for n in nodes if is_op(n, _OPS.fake_quantize.default)]
-        tables = [
-            n
-            for n in nodes
-            if is_op(n, _OPS.fake_quantize_log.default, _OPS.fake_quantize_twin.default)
-        ]
+        quantizers = sum(is_op(node, _OPS.fake_quantize.default) for node in nodes)
+        tables = sum(is_op(node, *_TABLE_QUANTIZERS) for node in nodes)
         notes = [f"needs {_SYSTEMS[target]} or later; floats are {self.floats}"]
         if source.dynamic_batch:
             notes.append(
@@ -168,26 +164,18 @@ class Coreml:
             )
         if quantizers:
             notes.append(
-                f"{len(quantizers)} activations are rounded to 8-bit codes; whether integers are "
+                f"{quantizers} activations are carried as 8-bit codes; whether integers are "
                 "multiplied is up to Core ML and the chip"
             )
         if tables:
-            notes.append(f"{len(tables)} activations without equal steps go through a table")
-        if lowering.kept_in_float32:
-            notes.append(
-                f"{len(lowering.kept_in_float32)} operators stay float32: float16 can't hold "
-                "their scales"
-            )
+            notes.append(f"{tables} activations without equal steps go through a table")
+        left = computed_in_float32(function) if self.floats == "fp16" else {}
+        if left:
+            listed = ", ".join(f"{count} {kind}" for kind, count in left.items())
+            notes.append(f"stays float32, where float16 would change codes or overflow: {listed}")
         if self.palettize_bits is not None:
             notes.append("palettes by coremltools' k-means, not by deploykit")
         return notes
-
-
-def torch_float() -> type:
-    """float32 in the terms of coremltools' inputs."""
-    import numpy as np
-
-    return np.float32
 
 
 def _need_sklearn() -> None:
@@ -202,58 +190,3 @@ def _palettize(ct: Any, model: Any, bits: int) -> Any:
     coreml = ct.optimize.coreml
     config = coreml.OpPalettizerConfig(mode="kmeans", nbits=bits, weight_threshold=512)
     return coreml.palettize_weights(model, coreml.OptimizationConfig(global_config=config))
-
-
-def _check(function: Any, floats: str, lowering: Lowering) -> None:
-    """The program's own form: names, and no float32 where float16 was wanted.
-
-    Raises:
-        DeploykitError: it has another form.
-    """
-    inputs, outputs = list(function.inputs), [var.name for var in function.outputs]
-    if inputs != [INPUT_NAME] or outputs != [OUTPUT_NAME]:
-        message = f"coremltools made inputs {inputs} and outputs {outputs} of the graph"
-        raise DeploykitError(message)
-
-
-def _layers(function: Any) -> dict[str, int]:
-    """Convolutions, linear layers and matrix products, by the codes they read."""
-    counts: dict[str, int] = {}
-    for op in function.operations:
-        if op.op_type not in _PRODUCTS:
-            continue
-        left, right = op.x, op.y if op.op_type == "matmul" else op.weight
-        kinds = [_codes(left), _codes(right)]
-        if kinds[1] == "float":
-            kind = "float"
-        elif kinds[0] == "float":
-            kind = f"{kinds[1]} weights"
-        else:
-            kind = "int8" if kinds[1] == "int8" else f"{kinds[1]} weights, int8 inputs"
-        counts[kind] = counts.get(kind, 0) + 1
-    return counts
-
-
-def _codes(var: Any) -> str:
-    """What kind of codes a variable was made from."""
-    op = var.op
-    if op is None:
-        return "float"
-    if op.op_type == "dequantize":
-        return "int8"
-    if op.op_type == "constexpr_lut_to_dense":
-        return "palette"
-    if op.op_type.startswith("constexpr_"):
-        data = op.data if op.op_type == "constexpr_blockwise_shift_scale" else op.quantized_data
-        return "int4" if "int4" in _dtype_name(data) else "int8"
-    return "float"
-
-
-def _dtype_name(var: Any) -> str:
-    from coremltools.converters.mil.mil import types
-
-    return str(types.builtin_to_string(var.dtype))
-
-
-def _unused(items: Sequence[fx.Node]) -> None:
-    del items

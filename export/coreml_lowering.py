@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil import Builder as mb  # noqa: N813  its name everywhere
 from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
 from coremltools.converters.mil.mil import types
@@ -19,7 +19,7 @@ __all__ = ["Lowering", "fits_half"]
 _SCALE_ERROR = 2.0**-9
 
 
-def fits_half(scale: NDArray[np.floating[Any]] | float, used: object = True) -> bool:
+def fits_half(scale: NDArray[np.floating[Any]] | float, used: Any = True) -> bool:
     """Whether float16 holds the scales well enough.
 
     Args:
@@ -42,7 +42,6 @@ class Lowering:
     def __init__(self, *, blockwise: bool) -> None:
         self._blockwise = blockwise
         self._exact: set[str] = set()
-        self.kept_in_float32: set[str] = set()
 
     @contextlib.contextmanager
     def registered(self) -> Iterator[None]:
@@ -73,8 +72,6 @@ class Lowering:
         exact = op.name in self._exact
         compressed = [var for var in _vars(op) if _is_constexpr(var.op)]
         poor = _has_poor_scale(op) or any(_has_poor_scale(var.op) for var in compressed)
-        if poor and not _is_constexpr(op):
-            self.kept_in_float32.add(op.name)
         return not (exact or poor)
 
     def _dequantize(self, context: Any, node: Any) -> None:
@@ -107,8 +104,12 @@ class Lowering:
         x, scale_var, zero_var, bits = _get_inputs(context, node, expected=4)
         scale, zero_point = np.float32(scale_var.val), int(zero_var.val)
         if bits.val < 8:
-            low, high = scale * np.float32([-zero_point, 2**bits.val - 1 - zero_point])
-            x = mb.clip(x=x, alpha=low, beta=high, name=f"{node.name}_clip")
+            x = mb.clip(
+                x=x,
+                alpha=scale * np.float32(0 - zero_point),
+                beta=scale * np.float32(2**bits.val - 1 - zero_point),
+                name=f"{node.name}_clip",
+            )
         grid = {"scale": scale, "zero_point": np.uint8(zero_point)}
         codes = mb.quantize(input=x, output_dtype="uint8", name=f"{node.name}_codes", **grid)
         context.add(mb.dequantize(input=codes, name=node.name, **grid))

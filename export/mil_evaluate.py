@@ -22,9 +22,6 @@ from deploykit.targets.registry import one_line
 
 __all__ = ["MilProgram"]
 
-_KEPT = 2
-"""Outputs of operators are dropped once read, or a large batch would need much memory."""
-
 
 class MilProgram:
     """An ML program as a function: images float32 (N, 3, S, S) to logits float32 (N, classes).
@@ -86,7 +83,7 @@ class MilProgram:
         values[self._input] = images.float()
         for index, op in enumerate(self._calls):
             self._run(op, values)
-            for name in _names(op):
+            for name in _names(op):  # drop what nothing reads any more: a large batch is large
                 if self._last_reader[name] == index and name != self._output:
                     values.pop(name, None)
         result = values[self._output]

@@ -26,7 +26,12 @@ def _conv(call: Call) -> Tensor:
 
 
 def _padded(
-    call: Call, x: Tensor, kernel: list[int], stride: list[int], dilation: list[int], value: float = 0
+    call: Call,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    value: float = 0,
 ) -> Tensor:
     """``x`` padded as ``pad_type`` says."""
     kind = call.text("pad_type", "valid")

@@ -300,7 +300,9 @@ def _pad(call: Call) -> Tensor:
         return F.pad(call.tensor("x"), flat, value=call.number("constant_val"))
     while flat and flat[-2:] == [0, 0]:  # torch pads the last axes only, in the other modes
         flat = flat[:-2]
-    return F.pad(call.tensor("x"), flat, mode={"reflect": "reflect", "replicate": "replicate"}[mode])
+    return F.pad(
+        call.tensor("x"), flat, mode={"reflect": "reflect", "replicate": "replicate"}[mode]
+    )
 
 
 @mil_op("gather")

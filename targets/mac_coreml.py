@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import platform
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ class MacCoreml:
 
     def available(self) -> str | None:
         """None, or that this isn't a Mac, or why coremltools cannot be imported."""
-        if sys.platform != "darwin":
+        if platform.system() != "Darwin":
             return f"Core ML runs on macOS only, this is {platform.system()}; run it on a Mac"
         try:
             import_coremltools()
