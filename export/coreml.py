@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from deploykit.errors import DeploykitError, TargetMissingError, UsageError
-from deploykit.export.coreml_graph import minimum_target, with_linears
+from deploykit.export.coreml_graph import minimum_target, prepared
 from deploykit.export.coreml_package import write_package
 from deploykit.export.coreml_program import check_names, computed_in_float32, count_layers
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
@@ -38,27 +37,30 @@ _RESCALING_STEP = "common::distributive_quantized_binary_op_scale_normalization"
 
 
 @register_exporter("coreml")
-@dataclass
 class Coreml:
     """ML programs in an ``.mlpackage``.
 
     The file holds the graph's own codes: weights as ``constexpr`` operators, activations as
     ``quantize`` and ``dequantize``. Biases are floats: Core ML has no integer ones.
 
-    Attributes:
+    Args:
         floats: what is not quantised is stored and computed in. The Neural Engine has float16
             only.
         palettize_bits: give a float graph weights of 2**bits values by coremltools' own k-means,
             a table for each layer. Not our codes, and refused for a graph that has some.
     """
 
-    floats: Literal["fp16", "fp32"] = "fp16"
-    palettize_bits: Literal[1, 2, 3, 4, 6, 8] | None = None
-
-    # of the contract, not settings
-    name = "coreml"
-    suffix = ".mlpackage"
+    name: str
+    suffix: str = ".mlpackage"
     profile: Profile = "asymmetric"
+
+    def __init__(
+        self,
+        floats: Literal["fp16", "fp32"] = "fp16",
+        palettize_bits: Literal[1, 2, 3, 4, 6, 8] | None = None,
+    ) -> None:
+        self.floats = floats
+        self.palettize_bits = palettize_bits
 
     def available(self) -> str | None:
         """None, or why coremltools can't be imported."""
@@ -92,9 +94,19 @@ class Coreml:
 
         target = minimum_target(source.graph_module)
         lowering = Lowering(blockwise=target >= 18)
+        dynamic, notes = source.dynamic_batch, []
         try:
             with torch.no_grad(), quiet():
-                model = self._convert(ct, source, lowering, target)
+                try:
+                    model = self._convert(ct, source, lowering, target, dynamic)
+                except Exception as error:
+                    if not dynamic:
+                        raise
+                    notes.append(
+                        f"batch fixed at 1: coremltools refused others ({one_line(error)})"
+                    )
+                    dynamic = False
+                    model = self._convert(ct, source, lowering, target, dynamic)
                 if self.palettize_bits is not None:
                     model = _palettize(ct, model, self.palettize_bits)
         except Exception as error:  # the converter raises many unrelated types
@@ -105,8 +117,8 @@ class Coreml:
         write_package(model, path, source.backbone.name, source.metadata)
         return Exported(
             precision=self._precision(source.precision),
-            dynamic_batch=source.dynamic_batch,
-            notes=tuple(self._notes(source, target, function)),
+            dynamic_batch=dynamic,
+            notes=(*self._notes(source, target, dynamic, function), *notes),
             layers=count_layers(function),
         )
 
@@ -116,15 +128,16 @@ class Coreml:
 
         return READER_NAME, MilProgram(path)
 
-    def _convert(self, ct: Any, source: Source, lowering: Lowering, target: int) -> Any:
+    def _convert(
+        self, ct: Any, source: Source, lowering: Lowering, target: int, dynamic: bool
+    ) -> Any:
         size = source.backbone.preprocessing.size
-        dynamic = source.dynamic_batch
         example = torch.zeros(2 if dynamic else 1, 3, size, size)
         batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(
-                with_linears(source.graph_module),
+                prepared(source.graph_module),
                 (example,),
                 dynamic_shapes=({0: batch},) if dynamic else None,
             ).run_decompositions({})
@@ -152,12 +165,12 @@ class Coreml:
             return f"{self.floats}, weights in palettes of {2**self.palettize_bits}"
         return self.floats if graph == "fp32" else graph
 
-    def _notes(self, source: Source, target: int, function: Any) -> list[str]:
+    def _notes(self, source: Source, target: int, dynamic: bool, function: Any) -> list[str]:
         nodes = source.graph_module.graph.nodes
         quantizers = sum(is_op(node, _OPS.fake_quantize.default) for node in nodes)
         tables = sum(is_op(node, *_TABLE_QUANTIZERS) for node in nodes)
         notes = [f"needs {_SYSTEMS[target]} or later; floats are {self.floats}"]
-        if source.dynamic_batch:
+        if dynamic:
             notes.append(
                 f"takes 1 to {MAX_BATCH} images; Core ML may leave the Neural Engine for batches "
                 "above 1, a fixed batch of 1 is the safest for speed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import torch
@@ -11,9 +12,11 @@ from torch import fx
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import clean, constant, is_op
 
-__all__ = ["minimum_target", "with_linears"]
+__all__ = ["minimum_target", "prepared"]
 
 aten = torch.ops.aten
+_MOST_AXES = 5
+_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 _OPS = torch.ops.deploykit
 _QUANTIZERS = (
     _OPS.fake_quantize.default,
@@ -34,12 +37,15 @@ def minimum_target(graph_module: fx.GraphModule) -> int:
     return 17 if any(is_op(node, *_QUANTIZERS) for node in nodes) else 16
 
 
-def with_linears(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which ``x @ W^T + b`` with quantised weights is one linear layer again.
+def prepared(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that computes the same in operators that Core ML likes.
 
-    The quantised graph stores the weights of such layers transposed, (in, out), because other
-    runtimes want a product. Core ML wants (out, in): its ``linear`` takes compressed weights and
-    has a bias. The codes are the same, in another order.
+    - ``x @ W^T + b`` with quantised weights is one linear layer again. The quantised graph stores
+      the weights of such layers transposed, (in, out), because other runtimes want a product.
+      Core ML wants (out, in): its ``linear`` takes compressed weights and has a bias. The codes
+      are the same, in another order.
+    - Tensors have at most five axes, Core ML's limit, where windows are cut out of images by a
+      permutation of six.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own pytree warns about itself when copied
@@ -47,6 +53,8 @@ def with_linears(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in list(result.graph.nodes):
         if is_op(node, aten.matmul.default) and is_op(node.args[1], _OPS.dequantize.default):
             _make_linear(result, node)
+        elif is_op(node, aten.permute.default) and len(node.args[1]) > _MOST_AXES:
+            _merge_axes(node)
     clean(result)
     return result
 
@@ -84,3 +92,44 @@ def _bias_of(
             assert isinstance(right, fx.Node)
             return users[0], right
     return product, None
+
+
+def _merge_axes(permute: fx.Node) -> None:
+    """Permute with fewer axes: those that stay neighbours, in order, move as one.
+
+    Only between two reshapes, which then don't notice. At most one of the merged axes may have a
+    size that isn't a number, such as the batch.
+    """
+    source, order = permute.args
+    assert isinstance(order, list | tuple)
+    if not is_op(source, *_RESHAPES):
+        return
+    assert isinstance(source, fx.Node)
+    if not all(is_op(user, *_RESHAPES) for user in permute.users):
+        return
+    runs: list[list[int]] = []
+    for axis in order:
+        assert isinstance(axis, int)
+        if runs and runs[-1][-1] + 1 == axis:
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    in_place = sorted(runs)
+    sizes = source.args[1]
+    assert isinstance(sizes, list | tuple)
+    shape = [_product([sizes[axis] for axis in run]) for run in in_place]
+    if len(runs) > _MOST_AXES or shape.count(-1) > 1:
+        return
+    graph = permute.graph
+    with graph.inserting_before(permute):
+        merged = graph.call_function(aten.reshape.default, (source.args[0], shape))
+        moved = graph.call_function(
+            aten.permute.default, (merged, [in_place.index(run) for run in runs])
+        )
+    permute.replace_all_uses_with(moved)
+
+
+def _product(sizes: list[object]) -> int:
+    """-1 (for the reshape to find out) unless all are numbers."""
+    known = [size for size in sizes if isinstance(size, int) and size >= 0]
+    return math.prod(known) if len(known) == len(sizes) else -1
