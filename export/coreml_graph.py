@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import fx
@@ -105,7 +106,7 @@ def _merge_axes(permute: fx.Node) -> None:
     if not is_op(source, *_RESHAPES):
         return
     assert isinstance(source, fx.Node)
-    if not all(is_op(user, *_RESHAPES) for user in permute.users):
+    if not all(is_op(user, *_RESHAPES, aten.flatten.using_ints) for user in permute.users):
         return
     runs: list[list[int]] = []
     for axis in order:
@@ -117,16 +118,30 @@ def _merge_axes(permute: fx.Node) -> None:
     in_place = sorted(runs)
     sizes = source.args[1]
     assert isinstance(sizes, list | tuple)
+    if len(sizes) != len(order):
+        return
     shape = [_product([sizes[axis] for axis in run]) for run in in_place]
     if len(runs) > _MOST_AXES or shape.count(-1) > 1:
         return
     graph = permute.graph
+    for user in list(permute.users):
+        if is_op(user, aten.flatten.using_ints):
+            _flatten_as_reshape(user, [sizes[axis] for axis in order])
     with graph.inserting_before(permute):
         merged = graph.call_function(aten.reshape.default, (source.args[0], shape))
         moved = graph.call_function(
             aten.permute.default, (merged, [in_place.index(run) for run in runs])
         )
     permute.replace_all_uses_with(moved)
+
+
+def _flatten_as_reshape(flatten: fx.Node, sizes: list[Any]) -> None:
+    """``flatten`` of a tensor of these sizes, in terms that don't depend on its input's axes."""
+    given: tuple[Any, ...] = flatten.args[1:]
+    first, last = ((*given, *(0, -1)[len(given) :])[i] % len(sizes) for i in (0, 1))
+    shape = [*sizes[:first], _product(sizes[first : last + 1]), *sizes[last + 1 :]]
+    flatten.target = aten.reshape.default
+    flatten.args = (flatten.args[0], shape)
 
 
 def _product(sizes: list[object]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
+
 from deploykit.errors import DeploykitError
 
 __all__ = ["check_names", "computed_in_float32", "count_layers", "weight_codes"]
@@ -47,13 +49,14 @@ def computed_in_float32(function: Any) -> dict[str, int]:
     return dict(sorted(kinds.items()))
 
 
-def weight_codes(function: Any) -> dict[str, Any]:
-    """The stored codes of each weight, numpy int8 or int4, by the weight's name."""
-    return {
-        op.name.removesuffix("_cast_fp16"): op.inputs[_CODES[op.op_type]].val
-        for op in function.operations
-        if op.op_type in _CODES
-    }
+def weight_codes(function: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The codes of each weight as numpy int8, and what they are stored as, by weight's name."""
+    codes, stored = {}, {}
+    for op in function.operations:
+        if op.op_type in _CODES:
+            name, var = op.name.removesuffix("_cast_fp16"), op.inputs[_CODES[op.op_type]]
+            codes[name], stored[name] = np.asarray(var.val).astype(np.int8), _integer_name(var)
+    return codes, stored
 
 
 def count_layers(function: Any) -> dict[str, int]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploykit.errors import DeploykitError
+from deploykit.errors import DeploykitError, UsageError
 from deploykit.export.coreml_package import load_program
 from deploykit.export.mil_ops import OPERATORS, Call
 from deploykit.targets.registry import one_line
@@ -77,8 +77,10 @@ class MilProgram:
         """Logits of one batch.
 
         Raises:
+            UsageError: the program doesn't take images of this shape.
             DeploykitError: an operator can't take what it is given.
         """
+        self._check_shape(images)
         values = dict(self._constants)
         values[self._input] = images.float()
         for index, op in enumerate(self._calls):
@@ -89,6 +91,19 @@ class MilProgram:
         result = values[self._output]
         assert isinstance(result, Tensor)
         return result
+
+    def _check_shape(self, images: Tensor) -> None:
+        kind = self.spec.description.input[0].type.multiArrayType
+        allowed = [(size, size) for size in kind.shape]
+        if kind.shapeRange.sizeRanges:
+            allowed = [(r.lowerBound, r.upperBound) for r in kind.shapeRange.sizeRanges]
+        fits = len(allowed) == images.ndim and all(
+            low <= size <= high for size, (low, high) in zip(images.shape, allowed, strict=True)
+        )
+        if not fits:
+            wanted = " x ".join(str(a) if a == b else f"{a}..{b}" for a, b in allowed)
+            message = f"{self._path}: wanted images of {wanted}, got {tuple(images.shape)}"
+            raise UsageError(message)
 
     def _run(self, op: Any, values: dict[str, Any]) -> None:
         arguments = {key: _look_up(value, values) for key, value in op.inputs.items()}

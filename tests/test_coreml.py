@@ -56,6 +56,7 @@ def weights_of(graph_module: fx.GraphModule) -> dict[str, tuple[np.ndarray[Any, 
         _, _, axis, bits = node.args
         if bits <= 8:
             name = str(node.args[0].target).removesuffix("_codes")
+            name = f"op_{name}" if name[0].isdigit() else name  # names in MIL begin with a letter
             found[name] = (codes.transpose(0, axis).numpy(), bits)
     return found
 
@@ -102,13 +103,13 @@ def test_the_package_holds_our_weight_codes(name: str, precision: str) -> None:
     made = package(name, precision, "fp32" if precision == "w4a4" else "fp16")
     wanted = weights_of(made.graph_module)
     spec, program = load_program(made.path)
-    found = weight_codes(program.functions["main"])
+    found, stored = weight_codes(program.functions["main"])
     assert found.keys() == wanted.keys()
     assert len(wanted) >= 4
     for key, (codes, bits) in wanted.items():
-        np.testing.assert_array_equal(found[key].astype(np.int8), codes, err_msg=key)
+        np.testing.assert_array_equal(found[key], codes, err_msg=key)
         if precision != "w8a8":
-            assert (str(found[key].dtype) == "int8") == (bits > 4), key
+            assert stored[key] == ("int4" if bits <= 4 else "int8"), key
     assert spec.specificationVersion == {"w8a8": 8, "w4a16": 9, "w4a4": 9}[precision]
 
 
@@ -201,11 +202,11 @@ def test_scales_that_float16_cannot_hold_stay_float32(tmp_path: Path) -> None:
             codes = torch.randint(-127, 128, (8, 3, 3, 3), generator=generator)
             codes[3] = 0  # its scale doesn't matter
             self.register_buffer("codes", codes.to(torch.int8))
-            self.register_buffer("scale", torch.full((8,), 1e-7))
+            self.register_buffer("scale", torch.full((8,), 2.2e-6))
 
         def forward(self, x: Tensor) -> Tensor:
             weight = OPS.dequantize(self.codes, self.scale, 0, 8)
-            return nn.functional.conv2d(x, weight).flatten(2).mean(2) * 1e6
+            return nn.functional.conv2d(x, weight).flatten(2).amax(2) * 1e3
 
     made = package_of(Small(), HALF, tmp_path)
     assert any("stays float32" in note and "conv" in note for note in made.exported.notes)
