@@ -101,8 +101,9 @@ def _merge_axes(permute: fx.Node) -> None:
     Only between two reshapes, which then don't notice. At most one of the merged axes may have a
     size that isn't a number, such as the batch.
     """
-    source, order = permute.args
-    assert isinstance(order, list | tuple)
+    source, axes = permute.args
+    assert isinstance(axes, list | tuple)
+    order = [axis for axis in axes if isinstance(axis, int)]
     if not is_op(source, *_RESHAPES):
         return
     assert isinstance(source, fx.Node)
@@ -110,7 +111,6 @@ def _merge_axes(permute: fx.Node) -> None:
         return
     runs: list[list[int]] = []
     for axis in order:
-        assert isinstance(axis, int)
         if runs and runs[-1][-1] + 1 == axis:
             runs[-1].append(axis)
         else:

@@ -122,6 +122,22 @@ def _sigmoid_hard(call: Call) -> Tensor:
     return (call.tensor("x") * call.number("alpha", 0.2) + call.number("beta", 0.5)).clamp(0, 1)
 
 
+@mil_op("thresholded_relu")
+def _thresholded_relu(call: Call) -> Tensor:
+    x = call.tensor("x")
+    return torch.where(x >= call.number("alpha", 1.0), x, torch.zeros_like(x))
+
+
+@mil_op("pixel_shuffle")
+def _pixel_shuffle(call: Call) -> Tensor:
+    return F.pixel_shuffle(call.tensor("x"), call.integer("upscale_factor"))
+
+
+@mil_op("pixel_unshuffle")
+def _pixel_unshuffle(call: Call) -> Tensor:
+    return F.pixel_unshuffle(call.tensor("x"), call.integer("downscale_factor"))
+
+
 @mil_op("layer_norm")
 def _layer_norm(call: Call) -> Tensor:
     x = call.tensor("x")

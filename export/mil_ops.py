@@ -214,10 +214,11 @@ def _expand_dims(call: Call) -> Tensor:
 
 @mil_op("concat")
 def _concat(call: Call) -> Tensor:
-    if call.flag("interleave"):
-        message = "concat with interleave is not known in torch"
-        raise NotImplementedError(message)
-    return torch.cat([torch.atleast_1d(part) for part in call.tensors("values")], _axis(call))
+    values, axis = [torch.atleast_1d(part) for part in call.tensors("values")], _axis(call)
+    if call.flag("interleave"):  # the first of each, the second of each …
+        axis %= values[0].ndim
+        return torch.stack(values, axis + 1).flatten(axis, axis + 1)
+    return torch.cat(values, axis)
 
 
 @mil_op("stack")
