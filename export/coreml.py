@@ -200,6 +200,7 @@ def _need_sklearn() -> None:
 
 
 def _palettize(ct: Any, model: Any, bits: int) -> Any:
+    """Weights of 512 values and more; a table would save nothing on smaller ones."""
     coreml = ct.optimize.coreml
     config = coreml.OpPalettizerConfig(mode="kmeans", nbits=bits, weight_threshold=512)
     return coreml.palettize_weights(model, coreml.OptimizationConfig(global_config=config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -40,7 +41,9 @@ from tests.coreml_models import (
 from tests.graphs import SIZE, captured, images, nodes_of
 
 OPS = torch.ops.deploykit
-QUANTIZED = ["w4a16", "w8a8", "w4a4"]
+HALF_CASES = [(name, precision) for precision in ("w8a8", "w4a16") for name in MODELS]
+FULL_CASES = [("cnn", "fp32"), ("cnn", "w4a4"), ("vit", "w4a4"), ("hybrid", "w4a4")]
+CASES = [(*case, "fp16") for case in HALF_CASES] + [(*case, "fp32") for case in FULL_CASES[1:]]
 
 
 def run(path: Path, batch: Tensor) -> Tensor:
@@ -72,8 +75,7 @@ def test_float16_package_is_as_near_as_float16_allows(name: str) -> None:
     assert computed_in_float32(load_program(made.path)[1].functions["main"]) == {}
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["fp32", "w4a4"])
+@pytest.mark.parametrize(("name", "precision"), FULL_CASES)
 def test_float32_package_equals_the_graph(name: str, precision: str) -> None:
     made = package(name, precision, "fp32")
     batch = images(6)
@@ -81,8 +83,7 @@ def test_float32_package_equals_the_graph(name: str, precision: str) -> None:
     assert made.exported.precision == precision
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", ["w8a8", "w4a16"])
+@pytest.mark.parametrize(("name", "precision"), HALF_CASES)
 def test_quantised_package_passes_parity(name: str, precision: str) -> None:
     made = package(name, precision)
     batch = images(24)
@@ -97,10 +98,9 @@ def test_quantised_package_passes_parity(name: str, precision: str) -> None:
     assert row.passed, row
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("precision", QUANTIZED)
-def test_the_package_holds_our_weight_codes(name: str, precision: str) -> None:
-    made = package(name, precision, "fp32" if precision == "w4a4" else "fp16")
+@pytest.mark.parametrize(("name", "precision", "floats"), CASES)
+def test_the_package_holds_our_weight_codes(name: str, precision: str, floats: str) -> None:
+    made = package(name, precision, floats)
     wanted = weights_of(made.graph_module)
     spec, program = load_program(made.path)
     found, stored = weight_codes(program.functions["main"])
@@ -383,6 +383,16 @@ print("quiet", file=open({str(tmp_path / "done")!r}, "w"))
     assert "oremltools" not in done.stderr
     assert "%|" not in done.stderr
     assert (tmp_path / "done").exists()
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.mlpackage"
+    shutil.copytree(package("cnn").path, path)
+    weights = path / "Data/com.apple.CoreML/weights/weight.bin"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(DeploykitError, match=r"x\.mlpackage: its program can't be read: ") as info:
+        Coreml().reader(path)
+    assert "\n" not in str(info.value)
 
 
 @pytest.mark.parametrize("harm", ["none", "manifest", "garbage", "network"])
