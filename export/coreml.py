@@ -41,7 +41,8 @@ class Coreml:
     """ML programs in an ``.mlpackage``.
 
     The file holds the graph's own codes: weights as ``constexpr`` operators, activations as
-    ``quantize`` and ``dequantize``. Biases are floats: Core ML has no integer ones.
+    ``quantize`` and ``dequantize``. Biases are floats: Core ML has no integer ones. Scales have
+    the type of the floats beside them: in a float16 file they are the graph's, rounded.
 
     Args:
         floats: what is not quantised is stored and computed in. The Neural Engine has float16

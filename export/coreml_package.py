@@ -73,12 +73,14 @@ def load_spec(path: Path) -> Any:
         UsageError: it isn't a package.
     """
     ct = import_coremltools()
+    from google.protobuf.message import DecodeError
+
     try:
         manifest = json.loads((path / "Manifest.json").read_text(encoding="utf-8"))
         item = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
         spec = ct.proto.Model_pb2.Model()
         spec.ParseFromString((path / "Data" / item).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, _decode_error()) as error:
+    except (OSError, ValueError, KeyError, TypeError, DecodeError) as error:
         message = f"{path}: wanted a Core ML package: {one_line(error)}"
         raise UsageError(message) from error
     return spec
@@ -105,10 +107,3 @@ def load_program(path: Path) -> tuple[Any, Any]:
     except Exception as error:  # it raises anything
         message = f"{path}: its program can't be read: {one_line(error)}"
         raise DeploykitError(message) from error
-
-
-def _decode_error() -> type[Exception]:
-    from google.protobuf.message import DecodeError
-
-    error: type[Exception] = DecodeError
-    return error

@@ -2,7 +2,7 @@
 
 Floats are float32 tensors, integers int32 tensors, truths bool tensors and texts ``str``. The
 meaning of each is in coremltools' "MIL Ops" reference. Operators of layers are in
-``mil_layers``.
+``mil_layers``, which fills the same table.
 """
 
 from __future__ import annotations
@@ -324,6 +324,3 @@ def _gather_along_axis(call: Call) -> Tensor:
     axis = _axis(call) % x.ndim
     indices = call.tensor("indices").long()
     return x.gather(axis, torch.where(indices < 0, indices + x.shape[axis], indices))
-
-
-from deploykit.export import mil_layers as _layers  # noqa: E402, F401  fills the table
