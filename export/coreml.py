@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from deploykit.errors import DeploykitError, TargetMissingError, UsageError
+from deploykit.errors import DeploykitError, TargetMissingError, UsageError, one_line
 from deploykit.export.coreml_graph import minimum_target, prepared
 from deploykit.export.coreml_package import write_package
 from deploykit.export.coreml_program import check_names, computed_in_float32, count_layers
@@ -17,7 +17,6 @@ from deploykit.export.registry import Exported, Profile, Reader, Source, registe
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
 from deploykit.targets.mac_coreml import import_coremltools, quiet
-from deploykit.targets.registry import one_line
 
 if TYPE_CHECKING:
     from deploykit.export.coreml_lowering import Lowering

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deploykit.errors import DeploykitError, UsageError
+from deploykit.errors import DeploykitError, UsageError, one_line
 from deploykit.targets.mac_coreml import import_coremltools, quiet
-from deploykit.targets.registry import one_line
 
 __all__ = ["load_program", "load_spec", "write_package"]
 

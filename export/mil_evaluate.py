@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploykit.errors import DeploykitError, UsageError
+from deploykit.errors import DeploykitError, UsageError, one_line
 from deploykit.export import mil_layers as _layers  # noqa: F401  fills the table
 from deploykit.export.coreml_package import load_program
 from deploykit.export.mil_ops import OPERATORS, Call
-from deploykit.targets.registry import one_line
 
 __all__ = ["MilProgram"]
 

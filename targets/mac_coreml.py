@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deploykit.errors import MeasurementError, TargetMissingError, UsageError
-from deploykit.targets.registry import FloatArray, Runner, one_line, register_target
+from deploykit.errors import MeasurementError, TargetMissingError, UsageError, one_line
+from deploykit.targets.registry import FloatArray, Runner, register_target
 
 __all__ = ["ComputeUnit", "MacCoreml", "import_coremltools", "quiet"]
 
@@ -40,6 +40,7 @@ class MacCoreml:
 
     name: str
     formats: tuple[str, ...] = ("mlpackage",)
+    exporter: str = "coreml"
 
     def __init__(self, units: ComputeUnit = "all") -> None:
         self._units = units
