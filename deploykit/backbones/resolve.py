@@ -64,7 +64,7 @@ _NOT_IN_TIMM: tuple[tuple[re.Pattern[str], str], ...] = (
 class Resolved:
     """What a name means. ``notes`` are lines for the user (what was assumed)."""
 
-    kind: Literal["timm", "own", "factory"]
+    kind: Literal["timm", "own", "factory", "onnx"]
     name: str
     spec: BackboneSpec
     notes: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ class Resolved:
 def resolve(name: str) -> Resolved:
     """What ``name`` means.
 
-    In this order: ``module:factory``; an exact timm id, with or without tag; an alias or the
+    In this order: ``module:factory``; an ONNX file; an exact timm id, with or without tag; an alias or the
     paper's own spelling of it; an own family's variant; a checkpoint file or folder; a family's
     bare name (its headline variant, with a note).
 
@@ -94,6 +94,9 @@ def resolve(name: str) -> Resolved:
         spec = BackboneSpec(name=text, source="own")
         return Resolved("factory", text, spec, factory=text)
     path = Path(text).expanduser()
+    if path.suffix.lower() == ".onnx":
+        spec = BackboneSpec(name=text, source="own")
+        return Resolved("onnx", text, spec, weights_path=path)
     if path.suffix.lower() in CHECKPOINT_SUFFIXES or (os.sep in text and path.exists()):
         return _resolve_checkpoint(path)
     found = _resolve_name(text)
