@@ -17,6 +17,7 @@ from deploykit._compat import timm
 from deploykit.backbones.onnx_file import build_onnx_file
 from deploykit.backbones.registry import arch_of, own_builder
 from deploykit.backbones.resolve import Resolved, resolve
+from deploykit.backbones.structure_file import build_structure_file
 from deploykit.backbones.weights import (
     Source,
     find_weights,
@@ -58,9 +59,10 @@ def build_backbone(model: ModelSection, seed: int) -> tuple[Backbone, list[str]]
     if model.preprocessing is not None:
         _agree(model.preprocessing, model.img_size)
         model = model.model_copy(update={"img_size": model.preprocessing.size})
-    if resolved.kind == "onnx":
+    if resolved.kind in ("onnx", "structure"):
         assert resolved.weights_path is not None
-        return build_onnx_file(resolved.weights_path, model, notes), notes
+        read = build_onnx_file if resolved.kind == "onnx" else build_structure_file
+        return read(resolved.weights_path, model, notes), notes
     if resolved.weights_path is not None and model.weights == "auto":
         model = model.model_copy(update={"weights": str(resolved.weights_path)})
     build = {"timm": _build_timm, "own": _build_own, "factory": _build_factory}[resolved.kind]

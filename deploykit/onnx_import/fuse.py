@@ -250,12 +250,11 @@ def _linear_biases(view: _View) -> _Found:
         bias = view.constant(shift[1])
         if bias is not None and bias.shape == (weight.shape[1],):
             inputs = (*product.inputs, shift[1])
-            yield shift[0], Node(
-                "MatMul", product.name, inputs, shift[0].outputs, {}, product.opset
+            yield (
+                shift[0],
+                Node("MatMul", product.name, inputs, shift[0].outputs, {}, product.opset),
             )
 
 
 def _like(last: Node, op: str, inputs: tuple[str, ...], **attributes: Any) -> Node:
     return Node(op, last.name, inputs, last.outputs, attributes, last.opset)
-
-

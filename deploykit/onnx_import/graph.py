@@ -127,7 +127,9 @@ def read_graph(proto: onnx.ModelProto, path: Path) -> Graph:
     result = alias.get(result, result)
     if result not in known or result in constants or result == image.name:
         raise UsageError(f"--model {path}: no operator makes its output {result[:60]!r}")
-    dims = [d.dim_value if d.HasField("dim_value") else None for d in image.type.tensor_type.shape.dim]
+    dims = [
+        d.dim_value if d.HasField("dim_value") else None for d in image.type.tensor_type.shape.dim
+    ]
     return Graph(image.name, result, nodes, constants, dims[0], dims[2], parameters)
 
 

@@ -150,11 +150,11 @@ def check_model(proto: onnx.ModelProto, path: Path, limits: Limits) -> int:
         _check_nodes(proto.graph, limits)
         _check_interface(proto.graph)
         return _check_tensors(proto, path.parent, limits)
-    except _Refusal as refusal:
+    except _RefusedError as refusal:
         raise UsageError(f"--model {path}: {refusal}") from None
 
 
-class _Refusal(Exception):
+class _RefusedError(Exception):
     """Why a file is refused; the caller adds which file."""
 
 
@@ -162,34 +162,36 @@ def _check_opset(proto: onnx.ModelProto) -> None:
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     version = versions.get("", versions.get("ai.onnx"))
     if version is None:
-        raise _Refusal("it names no opset of the standard operators; export it again")
+        raise _RefusedError("it names no opset of the standard operators; export it again")
     if version not in OPSETS:
         wanted = f"{OPSETS[0]} to {OPSETS[-1]}"
-        raise _Refusal(f"opset {version}, but {wanted} are read; export it with one of these")
+        raise _RefusedError(f"opset {version}, but {wanted} are read; export it with one of these")
     if proto.functions:
         name = _short(proto.functions[0].name)
-        raise _Refusal(f"it defines functions of its own ({name}); inline them when exporting")
+        raise _RefusedError(f"it defines functions of its own ({name}); inline them when exporting")
 
 
 def _check_nodes(graph: onnx.GraphProto, limits: Limits) -> None:
     if len(graph.node) > limits.nodes:
-        raise _Refusal(f"{len(graph.node)} operators, but at most {limits.nodes} are read")
+        raise _RefusedError(f"{len(graph.node)} operators, but at most {limits.nodes} are read")
     if graph.sparse_initializer:
-        raise _Refusal("sparse tensors are not read; store them dense")
+        raise _RefusedError("sparse tensors are not read; store them dense")
     for node in graph.node:
         what = _short(node.op_type)
         if node.op_type in _QUANTISED_OPS:
-            raise _Refusal(f"it is quantised already ({what}); give the float model it came from")
+            raise _RefusedError(
+                f"it is quantised already ({what}); give the float model it came from"
+            )
         if node.domain not in ("", "ai.onnx"):
             where = _short(node.domain)
             message = f"operator {what} of the custom domain {where}; standard operators only"
-            raise _Refusal(f"{message}: export it without optimisation for one runtime")
+            raise _RefusedError(f"{message}: export it without optimisation for one runtime")
         for attribute in node.attribute:
             if attribute.HasField("g") or attribute.graphs:
                 message = f"operator {what} holds a graph of its own (a branch or a loop)"
-                raise _Refusal(f"{message}, which is not read")
+                raise _RefusedError(f"{message}, which is not read")
             if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
-                raise _Refusal("sparse tensors are not read; store them dense")
+                raise _RefusedError("sparse tensors are not read; store them dense")
 
 
 def _check_interface(graph: onnx.GraphProto) -> None:
@@ -197,22 +199,22 @@ def _check_interface(graph: onnx.GraphProto) -> None:
     inputs = [value for value in graph.input if value.name not in initialisers]
     if len(inputs) != 1 or len(graph.output) != 1:
         message = f"{len(inputs)} inputs and {len(graph.output)} outputs"
-        raise _Refusal(f"{message}, but one image input and one logits output are wanted")
+        raise _RefusedError(f"{message}, but one image input and one logits output are wanted")
     tensor = inputs[0].type.tensor_type
     if tensor.elem_type != onnx.TensorProto.FLOAT:
         kind = _type_name(tensor.elem_type)
-        raise _Refusal(f"the input is {kind}, but float32 is wanted; export the float32 model")
+        raise _RefusedError(f"the input is {kind}, but float32 is wanted; export the float32 model")
     dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
     if len(dims) != 4 or dims[1] not in (3, None):
         shape = "×".join("?" if d is None else str(d) for d in dims) or "unknown"
-        raise _Refusal(f"the input's shape is {shape}, but (N, 3, S, S) is wanted")
+        raise _RefusedError(f"the input's shape is {shape}, but (N, 3, S, S) is wanted")
     if dims[0] not in (1, None):
         message = f"the batch is fixed at {dims[0]}"
-        raise _Refusal(f"{message}; export it with batch 1 or a free batch")
+        raise _RefusedError(f"{message}; export it with batch 1 or a free batch")
     if dims[2] != dims[3]:
-        raise _Refusal(f"the input is {dims[2]}×{dims[3]} pixels, but a square is wanted")
+        raise _RefusedError(f"the input is {dims[2]}×{dims[3]} pixels, but a square is wanted")
     if dims[2] is not None and not 0 < dims[2] <= 4096:
-        raise _Refusal(f"the input is {dims[2]} pixels wide, but 1 to 4096 are taken")
+        raise _RefusedError(f"the input is {dims[2]} pixels wide, but 1 to 4096 are taken")
 
 
 def _check_tensors(proto: onnx.ModelProto, folder: Path, limits: Limits) -> int:
@@ -221,7 +223,7 @@ def _check_tensors(proto: onnx.ModelProto, folder: Path, limits: Limits) -> int:
         total += _tensor_bytes(tensor, folder)
         if total > limits.tensor_bytes:
             message = f"its tensors claim more than {limits.tensor_bytes} bytes"
-            raise _Refusal(f"{message}; set {LIMIT_VARIABLE} to allow more")
+            raise _RefusedError(f"{message}; set {LIMIT_VARIABLE} to allow more")
     return total
 
 
@@ -240,21 +242,21 @@ def _tensor_bytes(tensor: onnx.TensorProto, folder: Path) -> int:
     item = _ITEM_BYTES.get(tensor.data_type)
     if item is None:
         kind = _type_name(tensor.data_type)
-        raise _Refusal(f"tensor {name} is {kind}; give the float32 model")
+        raise _RefusedError(f"tensor {name} is {kind}; give the float32 model")
     if len(tensor.dims) > _MAX_RANK or any(not 0 <= d < _MAX_SIDE for d in tensor.dims):
-        raise _Refusal(f"tensor {name} claims the shape {_short(str(list(tensor.dims)))}")
+        raise _RefusedError(f"tensor {name} claims the shape {_short(str(list(tensor.dims)))}")
     wanted = prod(tensor.dims) * item
     if is_external(tensor):
         offset, length, path = external_file(tensor, folder)
         found = length if length is not None else wanted
         if offset + found > path.stat().st_size:
-            raise _Refusal(f"tensor {name} lies beyond the end of {path.name}")
+            raise _RefusedError(f"tensor {name} lies beyond the end of {path.name}")
     elif tensor.HasField("raw_data"):
         found = len(tensor.raw_data)
     else:
         found = len(getattr(tensor, _TYPED_FIELD[tensor.data_type])) * item
     if found != wanted:
-        raise _Refusal(f"tensor {name} claims {wanted} bytes, but {found} are stored")
+        raise _RefusedError(f"tensor {name} claims {wanted} bytes, but {found} are stored")
     return wanted
 
 
@@ -271,7 +273,7 @@ def external_file(tensor: onnx.TensorProto, folder: Path) -> tuple[int, int | No
     """
     try:
         return _external_file(tensor, folder)
-    except _Refusal as refusal:
+    except _RefusedError as refusal:
         raise UsageError(f"--model {folder}: {refusal}") from None
 
 
@@ -283,17 +285,19 @@ def _external_file(tensor: onnx.TensorProto, folder: Path) -> tuple[int, int | N
     absolute = PurePosixPath(place).is_absolute() or PureWindowsPath(place).anchor
     if not place or absolute or ".." in parts or "\0" in place:
         message = f"external data {shown!r} must be a file in the model's own folder"
-        raise _Refusal(message)
+        raise _RefusedError(message)
     root = folder.resolve()
     try:
         path = (root / place).resolve(strict=True)
     except (OSError, RuntimeError):
-        raise _Refusal(f"external data {shown!r} is missing; keep it beside the model") from None
+        raise _RefusedError(
+            f"external data {shown!r} is missing; keep it beside the model"
+        ) from None
     if not path.is_relative_to(root) or not path.is_file():
-        raise _Refusal(f"external data {shown!r} must be a file in the model's own folder")
+        raise _RefusedError(f"external data {shown!r} must be a file in the model's own folder")
     offset, length = entries.get("offset", "0"), entries.get("length")
     if not _is_size(offset) or not (length is None or _is_size(length)):
-        raise _Refusal(f"external data {shown!r} has an offset or length that is no number")
+        raise _RefusedError(f"external data {shown!r} has an offset or length that is no number")
     return int(offset), None if length is None else int(length), path
 
 

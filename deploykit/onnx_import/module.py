@@ -105,7 +105,7 @@ def build_module(graph: Graph, path: object) -> OnnxModule:
 
 
 def _check_operators(graph: Graph) -> None:
-    unknown = sorted({node.op[:40] for node in graph.nodes} - set(OPERATORS) - {"BatchNormalization"})
+    unknown = sorted({node.op[:40] for node in graph.nodes} - set(OPERATORS))
     if unknown:
         raise UnsupportedError(f"operators that are not read: {', '.join(unknown[:5])}")
 
@@ -139,7 +139,7 @@ def _steps(module: OnnxModule, graph: Graph) -> list[_Step]:
             _add_layer(module, path, layer)
             steps.append(_Step(node, path, node.inputs[:1], ("",), spent))
             continue
-        described = OPERATORS[node.op].described if node.op in OPERATORS else ()
+        described = OPERATORS[node.op].described
         placed = []
         for position, name in enumerate(node.inputs):
             value = graph.constants.get(name)
@@ -233,4 +233,3 @@ def _layer_path(node: Node, graph: Graph) -> list[str]:
         ]
         return [part for scope in kept for part in scope.split(".")]
     return [node.op.lower()]
-

@@ -155,10 +155,9 @@ def padded(node: Node, x: Tensor, kernel: list[int], fill: float = 0.0) -> Tenso
     return F.pad(x, pads, value=fill) if any(pads) else x
 
 
-@operator("Conv")
-def conv(node: Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A convolution whose kernel was computed from the image."""
-    raise UnsupportedError("a convolution whose weights aren't constant")
+@operator("BatchNormalization", "Conv", "GroupNormalization")
+def not_constant(node: Node, *values: Any) -> Tensor:
+    raise UnsupportedError(f"a {node.op} whose weights aren't constant")
 
 
 @operator("Gemm")

@@ -120,10 +120,12 @@ def constant_of_shape(node: Node, sizes: Array) -> Array | Tensor:
 
 
 @on_shapes("Range")
-def range_(node: Node, start: Array, limit: Array, delta: Array) -> Array:
+def range_(node: Node, start: Array, limit: Array, delta: Array) -> Array | Tensor:
     first, last, step = (value.reshape(()).item() for value in (start, limit, delta))
-    if not all(isinstance(value, (int, float)) for value in (first, last, step)) or step == 0:
-        raise UnsupportedError("a Range that depends on the batch")
+    if not all(isinstance(value, (int, float)) for value in (first, last, step)):
+        return torch.arange(first, last, step)  # as long as the batch
+    if step == 0:
+        raise UnsupportedError("a Range whose step is 0")
     _check_count([abs(int((last - first) / step))])
     return np.arange(first, last, step, dtype=start.dtype)
 
