@@ -71,7 +71,7 @@ class _Node(_Strict):
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str = Field(max_length=500)
-    num_classes: int = Field(gt=0)
+    num_classes: int = Field(ge=0)
     family: str = ""
     paper: str = ""
     preprocessing: Preprocessing
@@ -314,7 +314,7 @@ def _build(structure: _Structure, tensors: Mapping[str, Tensor]) -> fx.GraphModu
     graph.output(made[structure.output])
     graph.lint()
     graph_module = fx.GraphModule(root, graph).eval()
-    check_shapes(graph_module, structure.model.preprocessing.size, structure.model.num_classes)
+    check_shapes(graph_module, structure.model.preprocessing.size)
     return graph_module
 
 

@@ -118,7 +118,7 @@ def _layer(node: fx.Node, graph_module: fx.GraphModule) -> nn.Module | None:
     if is_op(node, aten.linear.default):
         layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=has_bias)
     else:
-        rest = [*node.args[3:], *([1, 1], [0, 0], [1, 1], 1)[len(node.args[3:]) :]]
+        rest: list[Any] = [*node.args[3:], *([1, 1], [0, 0], [1, 1], 1)[len(node.args[3:]) :]]
         stride, padding, dilation = (_pair(value) for value in rest[:3])
         layer = nn.utils.skip_init(
             nn.Conv2d,

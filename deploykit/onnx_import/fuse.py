@@ -144,7 +144,8 @@ def _with_affine(view: _View, quotient: Node, x: str, epsilon: float) -> _Found:
         return
     last, inputs = scale[0], [x, scale[1]]
     shift = view.affine(last.outputs[0], "Add")
-    shapes = [np.shape(view.constant(name)) for name in (scale[1], shift[1] if shift else scale[1])]
+    given = [view.constant(name) for name in (scale[1], shift[1] if shift else scale[1])]
+    shapes = [() if value is None else value.shape for value in given]
     if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
         return
     if shift is not None:
@@ -184,12 +185,10 @@ def _group_norms(view: _View) -> _Found:
         shift = None if scale is None else view.affine(scale[0].outputs[0], "Add")
         if scale is None or shift is None:
             continue
-        weights = [_per_channel(view.constant(name)) for name in (scale[1], shift[1])]
-        if weights[0] is None or weights[1] is None or weights[0].shape != weights[1].shape:
+        weight, bias = (_per_channel(view.constant(name)) for name in (scale[1], shift[1]))
+        if weight is None or bias is None or weight.shape != bias.shape or weight.size % groups:
             continue
-        if weights[0].size % groups:
-            continue
-        names = [view.store(n, w) for n, w in zip((scale[1], shift[1]), weights, strict=True)]
+        names = [view.store(scale[1], weight), view.store(shift[1], bias)]
         attributes = {"num_groups": groups, "epsilon": norm.get("epsilon", 1e-5)}
         made = _like(shift[0], "GroupNormalization", (x, *names), **attributes)
         yield shift[0], Node(made.op, made.name, made.inputs, made.outputs, made.attributes, 21)
@@ -198,8 +197,8 @@ def _group_norms(view: _View) -> _Found:
 def _grouped(view: _View, norm: Node) -> tuple[str, int, str] | None:
     """What is normalised, in how many groups, and the result in the same shape."""
     if norm.op == "LayerNormalization":
-        size = np.ndim(view.constant(norm.inputs[1]))
-        one = norm.get("axis", -1) == 1 and (size in (1, 3))
+        ones = view.constant(norm.inputs[1])
+        one = norm.get("axis", -1) == 1 and ones is not None and ones.ndim in (1, 3)
         return (norm.inputs[0], 1, norm.outputs[0]) if one else None
     before = view.made_by(norm.inputs[0], "Reshape")
     shape = None if before is None else view.constant(before.inputs[1])

@@ -33,14 +33,14 @@ OPSETS = range(11, 22)
 _MAX_RANK = 8
 _MAX_SIDE = 2**40  # beyond any real dimension; keeps the arithmetic on claims small
 
-_ITEM_BYTES = {
+_ITEM_BYTES: dict[int, int] = {
     onnx.TensorProto.FLOAT: 4,
     onnx.TensorProto.DOUBLE: 8,
     onnx.TensorProto.INT32: 4,
     onnx.TensorProto.INT64: 8,
     onnx.TensorProto.BOOL: 1,
 }
-_TYPED_FIELD = {
+_TYPED_FIELD: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float_data",
     onnx.TensorProto.DOUBLE: "double_data",
     onnx.TensorProto.INT32: "int32_data",
@@ -245,7 +245,7 @@ def _tensor_bytes(tensor: onnx.TensorProto, folder: Path) -> int:
         raise _RefusedError(f"tensor {name} is {kind}; give the float32 model")
     if len(tensor.dims) > _MAX_RANK or any(not 0 <= d < _MAX_SIDE for d in tensor.dims):
         raise _RefusedError(f"tensor {name} claims the shape {_short(str(list(tensor.dims)))}")
-    wanted = prod(tensor.dims) * item
+    wanted: int = prod(tensor.dims) * item
     if is_external(tensor):
         offset, length, path = external_file(tensor, folder)
         found = length if length is not None else wanted

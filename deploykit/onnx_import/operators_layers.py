@@ -34,7 +34,7 @@ def make_layer(node: Node, graph: Graph) -> nn.Module | None:
     return None if layer is None else layer.eval().requires_grad_(False)
 
 
-def _conv(node: Node, weight: Array, bias: Array | None = None) -> nn.Module:
+def _conv(node: Node, weight: Array, bias: Array | None = None) -> Any:
     if weight.ndim != 4:
         raise UnsupportedError(f"a convolution over {weight.ndim - 2} dimensions")
     group = node.get("group", 1)
@@ -57,7 +57,7 @@ def _conv(node: Node, weight: Array, bias: Array | None = None) -> nn.Module:
     return _filled(layer, weight, bias)
 
 
-def _linear(node: Node, weight: Array, bias: Array | None = None) -> nn.Module | None:
+def _linear(node: Node, weight: Array, bias: Array | None = None) -> Any:
     """Gemm, or a MatMul whose second factor is a matrix (with the bias ``fuse.py`` found)."""
     if weight.ndim != 2 or node.get("transA", 0):
         return None
@@ -80,14 +80,14 @@ def _batch_norm(node: Node, scale: Array, bias: Array, mean: Array, variance: Ar
     return layer
 
 
-def _layer_norm(node: Node, scale: Array, bias: Array | None = None) -> nn.Module | None:
+def _layer_norm(node: Node, scale: Array, bias: Array | None = None) -> Any:
     if node.get("axis", -1) != -1 or scale.ndim != 1 or len(node.outputs) > 1:
         return None
     options: dict[str, Any] = {"eps": node.get("epsilon", 1e-5), "bias": bias is not None}
     return _filled(nn.LayerNorm(scale.shape[0], **options), scale, bias)
 
 
-def _group_norm(node: Node, scale: Array, bias: Array) -> nn.Module:
+def _group_norm(node: Node, scale: Array, bias: Array) -> Any:
     """Made by ``fuse.py``, or ONNX's own from opset 21 on (one scale for each channel)."""
     groups = node.get("num_groups")
     if node.opset < 21:
@@ -178,7 +178,8 @@ def layer_norm(node: Node, x: Tensor, scale: Any, bias: Any = None) -> Tensor:
         raise UnsupportedError("a LayerNormalization with more than one output")
     shape = [int(size) for size in x.shape[axis:]]
     result = F.layer_norm(x, shape, eps=node.get("epsilon", 1e-5)) * scale
-    return result if bias is None else result + bias
+    shifted: Tensor = result if bias is None else result + bias
+    return shifted
 
 
 @operator("InstanceNormalization")

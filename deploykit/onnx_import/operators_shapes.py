@@ -83,7 +83,7 @@ def slice_(
     for axis, first, last, stride in zip(where, begin, end, step, strict=True):
         stop = None if stride < 0 and last < -x.shape[axis] else last
         index[axis] = slice(first, stop, stride)
-    return x[tuple(index)]
+    return np.asarray(x[tuple(index)])
 
 
 @on_shapes("Reshape")
@@ -154,7 +154,7 @@ def where(node: Node, condition: Array, x: Array, y: Array) -> Array:
 
 @on_shapes("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual")
 def compare(node: Node, x: Array, y: Array) -> Array:
-    return _COMPARE[node.op](x, y).astype(bool)
+    return np.asarray(_COMPARE[node.op](x, y)).astype(bool)
 
 
 @on_shapes("Div")

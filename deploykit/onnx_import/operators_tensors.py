@@ -223,7 +223,8 @@ def expand(node: Node, x: Any, sizes: Array) -> Tensor:
         have if isinstance(want, int) and want == 1 else want
         for have, want in zip(shape, wanted, strict=True)
     ]
-    return x.expand(target)
+    expanded: Tensor = x.expand(target)
+    return expanded
 
 
 @operator("Tile", described=(1,))
@@ -341,7 +342,7 @@ def pad(
         return x
     if mode == "constant":
         return F.pad(x, flat, value=0.0 if value is None else _number(value, "value of Pad"))
-    return F.pad(x, flat, mode=mode)
+    return F.pad(x, flat + [0] * (2 * x.ndim - 4 - len(flat)), mode=mode)  # all sides at once
 
 
 @operator("DepthToSpace", "SpaceToDepth")
