@@ -29,7 +29,7 @@ def make_model(
 ) -> onnx.ModelProto:
     """A graph from ``image`` (batch, 3, size, size) to ``logits``."""
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 3, size, size])
-    logits = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
+    logits = helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", "classes"])
     graph = helper.make_graph(list(nodes), "tiny", [image], [logits], list(initializers))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     model.ir_version = 8

@@ -247,7 +247,7 @@ def _tensor_bytes(tensor: onnx.TensorProto, folder: Path) -> int:
         raise _RefusedError(f"tensor {name} claims the shape {_short(str(list(tensor.dims)))}")
     wanted: int = prod(tensor.dims) * item
     if is_external(tensor):
-        offset, length, path = external_file(tensor, folder)
+        offset, length, path = _external_file(tensor, folder)
         found = length if length is not None else wanted
         if offset + found > path.stat().st_size:
             raise _RefusedError(f"tensor {name} lies beyond the end of {path.name}")

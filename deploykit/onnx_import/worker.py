@@ -76,9 +76,9 @@ def _compared(data: bytes, graph: Any, side: int, path: Path, outside: bool) -> 
     from deploykit.onnx_import.module import build_module
 
     torch.set_num_threads(1)
-    session = _session(path if outside else data)
     name, batches = graph.input, (1, _IMAGES) if graph.batch is None else (1,)
-    module = build_module(graph, path)
+    module = build_module(graph, path)  # first: it refuses in clearer words
+    session = _session(path if outside else data)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((_IMAGES, 3, side, side)).astype(np.float32)
     found = 999.0
