@@ -37,6 +37,8 @@ def check_shapes(graph_module: fx.GraphModule, size: int) -> None:
 
 
 class _Follow(fx.Interpreter):
+    extra_traceback = False  # errors stay as they are: one line is made of them
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         for value in tree_leaves(result):

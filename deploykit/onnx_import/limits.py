@@ -69,14 +69,15 @@ class Limits:
         tensor_bytes: of all its tensors together, those beside the file included.
         nodes: operators in the graph.
         seconds: wall and processor time its examination may take.
-        memory_bytes: address space of the examination, over and above ten times the tensors.
+        memory_bytes: data the examination may hold, over and above ten times the tensors. Its
+            address space may be 8 GiB larger: libraries map themselves into it.
     """
 
     file_bytes: int = 2**31
     tensor_bytes: int = 2**32
     nodes: int = 100_000
     seconds: int = 600
-    memory_bytes: int = 8 * 2**30
+    memory_bytes: int = 4 * 2**30
 
     @classmethod
     def from_environment(cls) -> Limits:

@@ -19,6 +19,7 @@ from deploykit.onnx_import.limits import Limits, check_model, parse, read_bytes
 __all__ = ["main"]
 
 _STDERR_BYTES = 16 * 2**20
+_LIBRARIES = 8 * 2**30  # of address space: torch built for CUDA maps gigabytes
 _IMAGES = 2
 _FREE_SIZE = 224
 _FLOAT_SQNR_DB = 80.0  # as deploykit.export.parity demands of any float file
@@ -46,15 +47,15 @@ def main() -> int:
 
 def _examine(path: Path, size: int | None, limits: Limits) -> dict[str, Any]:
     """Check, rebuild, run both, compare. The imports are late: a bad file is refused quickly."""
-    most = 10 * limits.tensor_bytes + limits.memory_bytes
+    most = limits.memory_bytes + 4 * limits.file_bytes + 10 * limits.tensor_bytes
     _bound("RLIMIT_CORE", 0)
     _bound("RLIMIT_FSIZE", _STDERR_BYTES)
     _bound("RLIMIT_CPU", limits.seconds)
     data = read_bytes(path, limits)
-    _bound("RLIMIT_AS", limits.memory_bytes + 4 * len(data), most)
+    _bound_memory(limits.memory_bytes + 4 * len(data), most)
     proto = parse(data, path)
     tensors = check_model(proto, path, limits)
-    _bound("RLIMIT_AS", limits.memory_bytes + 4 * len(data) + 10 * tensors, most)
+    _bound_memory(limits.memory_bytes + 4 * len(data) + 10 * tensors, most)
 
     import onnx
 
@@ -108,6 +109,11 @@ def _session(model: Path | bytes) -> Any:
     options.log_severity_level = 4
     given = str(model) if isinstance(model, Path) else model
     return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+
+def _bound_memory(soft: int, hard: int) -> None:
+    _bound("RLIMIT_DATA", soft, hard)
+    _bound("RLIMIT_AS", soft + _LIBRARIES, hard + _LIBRARIES)
 
 
 def _bound(name: str, soft: int, hard: int | None = None) -> None:
