@@ -23,9 +23,11 @@ def check_shapes(graph_module: fx.GraphModule, size: int) -> None:
         BadArgumentError: an operator refuses its arguments, a value would be too large, or the
             output isn't float32 (1, classes).
     """
+    follow = _Follow(graph_module)
+    follow.extra_traceback = False  # errors stay as they are: one line is made of them
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            result = _Follow(graph_module).run(torch.empty(1, 3, size, size))
+            result = follow.run(torch.empty(1, 3, size, size))
     except BadArgumentError:
         raise
     except Exception as error:  # operators refuse arguments in many ways
@@ -37,8 +39,6 @@ def check_shapes(graph_module: fx.GraphModule, size: int) -> None:
 
 
 class _Follow(fx.Interpreter):
-    extra_traceback = False  # errors stay as they are: one line is made of them
-
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         for value in tree_leaves(result):
