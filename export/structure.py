@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -305,15 +306,18 @@ def _build(structure: _Structure, tensors: Mapping[str, Tensor]) -> fx.GraphModu
     graph, made = fx.Graph(), dict[str, fx.Node]()
     sizes: set[str] = set()
     for saved in structure.nodes:
-        if _IDENTIFIER.fullmatch(saved.name) is None or saved.name in made:
+        if not _is_name(saved.name) or saved.name in made:
             raise BadArgumentError(f"a value called {saved.name[:60]!r} (twice, or no plain name)")
         made[saved.name] = _make(graph, saved, made, structure, sizes)
     inputs = [saved for saved in structure.nodes if saved.op == "input"]
     if len(inputs) != 1 or structure.output not in made:
         raise BadArgumentError("one input and an output that is made are wanted")
     graph.output(made[structure.output])
-    graph.lint()
-    graph_module = fx.GraphModule(root, graph).eval()
+    try:
+        graph.lint()
+        graph_module = fx.GraphModule(root, graph).eval()
+    except (RuntimeError, SyntaxError) as error:
+        raise BadArgumentError(f"a graph that can't be built ({_line(error)})") from error
     check_shapes(graph_module, structure.model.preprocessing.size)
     return graph_module
 
@@ -357,7 +361,7 @@ def _make(
     elif saved.op in SIZE_OPS:
         _check_sizes(saved, sizes)
         sizes.add(saved.name)
-    if any(_IDENTIFIER.fullmatch(key) is None for key in saved.kwargs):
+    if not all(map(_is_name, saved.kwargs)):
         raise BadArgumentError(f"an option without a plain name at {saved.name}")
     args = tuple(decode(value, made) for value in saved.args)
     kwargs = {key: decode(value, made) for key, value in saved.kwargs.items()}
@@ -367,6 +371,11 @@ def _make(
     if saved.quantizes:
         node.meta["quantizes"] = saved.quantizes
     return node
+
+
+def _is_name(text: str) -> bool:
+    """Torch writes names into the code it makes of a graph: nothing but names may get there."""
+    return _IDENTIFIER.fullmatch(text) is not None and not keyword.iskeyword(text)
 
 
 def _check_sizes(saved: _Node, sizes: set[str]) -> None:

@@ -18,7 +18,7 @@ from tests.onnx_files import write
 from tests.tiny_models import SIZE, tiny_hybrid
 
 QUICK = {"min_samples": 16, "min_seconds": 0.05, "max_seconds": 0.3}
-PREPROCESSING = {"size": SIZE, **{"mean": [0.5] * 3, "std": [0.25] * 3}}
+PREPROCESSING = {"size": SIZE, "mean": [0.5] * 3, "std": [0.25] * 3}
 
 
 @pytest.fixture(scope="module")

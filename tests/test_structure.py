@@ -196,6 +196,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda s: _rename(s, s["nodes"][0]["name"], "x); import os; print(os"),
         "plain name",
     ),
+    "reserved word": (lambda s: _rename(s, s["nodes"][0]["name"], "class"), "plain name"),
     "keyword with code in it": (
         lambda s: first(s, "aten.relu").update(kwargs={"x=print(1), y": 1}),
         "plain name",

@@ -114,8 +114,12 @@ def resolve(name: str) -> Resolved:
 def holds_weights(name: str) -> bool:
     """Whether ``name`` is a file that holds a network with its weights (ONNX, saved structure)."""
     path = Path(name.strip()).expanduser()
-    saved = path.name == STRUCTURE_NAME or (path / STRUCTURE_NAME).is_file()
-    return path.suffix.lower() == ".onnx" or saved
+    if path.suffix.lower() == ".onnx" or path.name == STRUCTURE_NAME:
+        return True
+    try:
+        return (path / STRUCTURE_NAME).is_file()
+    except OSError:  # longer than any path can be
+        return False
 
 
 def _resolve_name(text: str) -> Resolved | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import subprocess
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from deploykit.errors import UsageError
-from deploykit.onnx_import.graph import read_graph, used_external_files
-from deploykit.onnx_import.limits import Limits, check_model, parse, read_bytes
+from deploykit.onnx_import.graph import digest, read_graph, used_external_files
+from deploykit.onnx_import.limits import Limits, check_file, check_model, parse, read_bytes
 from deploykit.onnx_import.module import OnnxModule, build_module
 
 __all__ = ["WORKER", "OnnxFile", "read_onnx"]
@@ -62,19 +61,17 @@ def read_onnx(
             exceeds the limits does so in another process.
     """
     limits = limits or Limits.from_environment()
-    data = read_bytes(path, limits)
-    before = hashlib.sha256(data).hexdigest()
+    check_file(path, limits)
     verdict = _ask(path, size, limits, command)
-    # Only bytes that were examined are opened here.
+    data = read_bytes(path, limits)
     proto = parse(data, path)
     check_model(proto, path, limits)
-    digest = hashlib.sha256(data)
-    for file in used_external_files(proto, path.parent):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    sha256 = digest(data, used_external_files(proto, path.parent))
+    if sha256 != verdict["sha256"]:  # only what was examined is used here
+        raise UsageError(f"--model {path}: the file changed while it was read")
+    del data
     graph = read_graph(proto, path)
     del proto
-    if hashlib.sha256(path.read_bytes()).hexdigest() != before:
-        raise UsageError(f"--model {path}: the file changed while it was read")
     found, free = int(verdict["size"]), graph.size is None
     if size is not None and size != found:
         message = f"the file takes images of {found} pixels, but {size} were asked for"
@@ -84,7 +81,7 @@ def read_onnx(
         size=found,
         size_is_free=free,
         classes=int(verdict["classes"]),
-        sha256=digest.hexdigest(),
+        sha256=sha256,
         sqnr_db=float(verdict["sqnr_db"]),
     )
 
@@ -112,8 +109,12 @@ def _ask(path: Path, size: int | None, limits: Limits, command: Sequence[str]) -
             reason = _obituary(done.returncode, stderr)
             message = f"--model {path}: examining it ended in a crash ({reason})"
             raise UsageError(message) from None
-    if not isinstance(answer, dict) or "refused" in answer:
-        raise UsageError(str(answer["refused"]).replace(str(path.absolute()), str(path)))
+    if not isinstance(answer, dict):
+        raise UsageError(f"--model {path}: examining it made no sense")
+    if "refused" in answer:
+        said = str(answer["refused"]).replace(str(path.absolute()), str(path))
+        plain = "".join(c if c.isprintable() else " " for c in said)
+        raise UsageError(" ".join(plain.split())[:500])
     return answer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from onnx import numpy_helper
 from deploykit.errors import UsageError
 from deploykit.onnx_import.limits import external_file, is_external
 
-__all__ = ["Array", "Graph", "Node", "read_graph", "used_external_files"]
+__all__ = ["Array", "Graph", "Node", "digest", "read_graph", "used_external_files"]
 
 Array = NDArray[Any]
 
@@ -81,6 +82,15 @@ class Graph:
                 needed.update(node.inputs)
         self.nodes = kept[::-1]
         self.constants = {name: a for name, a in self.constants.items() if name in needed}
+
+
+def digest(data: bytes, outside: list[Path]) -> str:
+    """SHA-256 of a file; with weights beside it, of the file and then their SHA-256s."""
+    found = hashlib.sha256(data)
+    for path in outside:
+        with path.open("rb") as stream:
+            found.update(hashlib.file_digest(stream, "sha256").digest())
+    return found.hexdigest()
 
 
 def used_external_files(proto: onnx.ModelProto, folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ __all__ = [
     "LIMIT_VARIABLE",
     "OPSETS",
     "Limits",
+    "check_file",
     "check_model",
     "external_file",
     "is_external",
@@ -94,8 +95,8 @@ class Limits:
         return cls(file_bytes=int(text), tensor_bytes=int(text))
 
 
-def read_bytes(path: Path, limits: Limits) -> bytes:
-    """The file's bytes, its size checked first.
+def check_file(path: Path, limits: Limits) -> int:
+    """The file's size in bytes.
 
     Raises:
         UsageError: no such file, no plain file, empty, or larger than the limit.
@@ -110,6 +111,16 @@ def read_bytes(path: Path, limits: Limits) -> bytes:
     if size > limits.file_bytes:
         message = f"--model {path}: {size} bytes, but at most {limits.file_bytes} are read"
         raise UsageError(f"{message}; set {LIMIT_VARIABLE} to allow more")
+    return size
+
+
+def read_bytes(path: Path, limits: Limits) -> bytes:
+    """The file's bytes, its size checked first.
+
+    Raises:
+        UsageError: as ``check_file``, or the file can't be read.
+    """
+    size = check_file(path, limits)
     try:
         with path.open("rb") as stream:
             data = stream.read(size + 1)

@@ -63,7 +63,8 @@ class OnnxModule(nn.Module):
                 for name, own in zip(step.inputs, step.placed, strict=True)
             ]
             for name, value in zip(step.node.outputs, self._call(step, inputs), strict=False):
-                values[name] = value
+                if name:
+                    values[name] = value
             for name in step.spent:
                 values.pop(name, None)
         result = values[self._result]
@@ -122,7 +123,8 @@ def _fold_constants(graph: Graph) -> None:
             total += value.size
             if total > _FOLDED_ELEMENTS:
                 raise UnsupportedError("constants that grow beyond all bounds when computed")
-            graph.constants[name] = value
+            if name:
+                graph.constants[name] = value
     graph.nodes = kept
     graph.drop_dead()
 

@@ -59,14 +59,15 @@ def _examine(path: Path, size: int | None, limits: Limits) -> dict[str, Any]:
 
     import onnx
 
-    from deploykit.onnx_import.graph import read_graph, used_external_files
+    from deploykit.onnx_import.graph import digest, read_graph, used_external_files
 
     outside = used_external_files(proto, path.parent)
     onnx.checker.check_model(str(path) if outside else proto)
     graph = read_graph(proto, path)
     del proto
     side = graph.size or size or _FREE_SIZE
-    return _compared(data, graph, side, path, bool(outside))
+    found = _compared(data, graph, side, path, bool(outside))
+    return {**found, "size": side, "sha256": digest(data, outside)}
 
 
 def _compared(data: bytes, graph: Any, side: int, path: Path, outside: bool) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _compared(data: bytes, graph: Any, side: int, path: Path, outside: bool) -> 
         message = f"read as torch it differs from ONNX Runtime (SQNR {found:.0f} dB"
         wanted = f"{_FLOAT_SQNR_DB:g} dB wanted); an operator means something else here"
         raise UsageError(f"--model {path}: {message}, {wanted}")
-    return {"size": side, "classes": int(theirs.shape[1]), "sqnr_db": found}
+    return {"classes": int(theirs.shape[1]), "sqnr_db": found}
 
 
 def _session(model: Path | bytes) -> Any:
