@@ -159,6 +159,7 @@ def inspect(
     as_json: Json = False,
 ) -> int:
     """Show size, cost, operators, and what each technique can reach in a backbone."""
+    from deploykit.backbones.resolve import holds_weights
     from deploykit.inspect import inspect_model
     from deploykit.recipe_io import build_recipe
     from deploykit.tables import print_inspection
@@ -168,7 +169,7 @@ def inspect(
     recipe = build_recipe(
         options_to_recipe(
             model=model,
-            weights=weights or "random",
+            weights=weights or ("auto" if holds_weights(model) else "random"),
             num_classes=num_classes,
             img_size=img_size,
         )

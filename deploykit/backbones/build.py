@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from deploykit._compat import timm
+from deploykit.backbones.onnx_file import build_onnx_file
 from deploykit.backbones.registry import arch_of, own_builder
 from deploykit.backbones.resolve import Resolved, resolve
+from deploykit.backbones.structure_file import build_structure_file
 from deploykit.backbones.weights import (
     Source,
     find_weights,
@@ -54,11 +56,15 @@ def build_backbone(model: ModelSection, seed: int) -> tuple[Backbone, list[str]]
     """
     resolved = resolve(model.name)
     notes = list(resolved.notes)
-    if resolved.weights_path is not None and model.weights == "auto":
-        model = model.model_copy(update={"weights": str(resolved.weights_path)})
     if model.preprocessing is not None:
         _agree(model.preprocessing, model.img_size)
         model = model.model_copy(update={"img_size": model.preprocessing.size})
+    if resolved.kind in ("onnx", "structure"):
+        assert resolved.weights_path is not None
+        read = build_onnx_file if resolved.kind == "onnx" else build_structure_file
+        return read(resolved.weights_path, model, notes), notes
+    if resolved.weights_path is not None and model.weights == "auto":
+        model = model.model_copy(update={"weights": str(resolved.weights_path)})
     build = {"timm": _build_timm, "own": _build_own, "factory": _build_factory}[resolved.kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

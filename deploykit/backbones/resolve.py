@@ -26,8 +26,9 @@ from deploykit.backbones.registry import (
     squash,
 )
 from deploykit.errors import UsageError
+from deploykit.export.structure import STRUCTURE_NAME
 
-__all__ = ["CHECKPOINT_SUFFIXES", "Resolved", "resolve"]
+__all__ = ["CHECKPOINT_SUFFIXES", "Resolved", "holds_weights", "resolve"]
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -64,7 +65,7 @@ _NOT_IN_TIMM: tuple[tuple[re.Pattern[str], str], ...] = (
 class Resolved:
     """What a name means. ``notes`` are lines for the user (what was assumed)."""
 
-    kind: Literal["timm", "own", "factory"]
+    kind: Literal["timm", "own", "factory", "onnx", "structure"]
     name: str
     spec: BackboneSpec
     notes: tuple[str, ...] = ()
@@ -75,9 +76,9 @@ class Resolved:
 def resolve(name: str) -> Resolved:
     """What ``name`` means.
 
-    In this order: ``module:factory``; an exact timm id, with or without tag; an alias or the
-    paper's own spelling of it; an own family's variant; a checkpoint file or folder; a family's
-    bare name (its headline variant, with a note).
+    In this order: ``module:factory``; an ONNX file or a saved structure; an exact timm id, with or
+    without tag; an alias or the paper's own spelling of it; an own family's variant; a checkpoint
+    file or folder; a family's bare name (its headline variant, with a note).
 
     Raises:
         UsageError: nothing of the kind; the message names the three nearest names.
@@ -94,6 +95,12 @@ def resolve(name: str) -> Resolved:
         spec = BackboneSpec(name=text, source="own")
         return Resolved("factory", text, spec, factory=text)
     path = Path(text).expanduser()
+    if holds_weights(text):
+        spec = BackboneSpec(name=text, source="own")
+        kind: Literal["onnx", "structure"] = (
+            "onnx" if path.suffix.lower() == ".onnx" else "structure"
+        )
+        return Resolved(kind, text, spec, weights_path=path)
     if path.suffix.lower() in CHECKPOINT_SUFFIXES or (os.sep in text and path.exists()):
         return _resolve_checkpoint(path)
     found = _resolve_name(text)
@@ -102,6 +109,17 @@ def resolve(name: str) -> Resolved:
     if path.exists():
         return _resolve_checkpoint(path)
     raise UsageError(_unknown(text))
+
+
+def holds_weights(name: str) -> bool:
+    """Whether ``name`` is a file that holds a network with its weights (ONNX, saved structure)."""
+    path = Path(name.strip()).expanduser()
+    if path.suffix.lower() == ".onnx" or path.name == STRUCTURE_NAME:
+        return True
+    try:
+        return (path / STRUCTURE_NAME).is_file()
+    except OSError:  # longer than any path can be
+        return False
 
 
 def _resolve_name(text: str) -> Resolved | None:
