@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -75,15 +75,15 @@ class TensorrtOptions:
 
 
 @register_exporter("tensorrt")
-@dataclass(frozen=True)
 class TensorrtExporter:
     """See ``Exporter``."""
 
-    options: TensorrtOptions = field(default_factory=TensorrtOptions)
-
-    name = "tensorrt"
-    suffix = ".engine"
+    name: str
+    suffix: str = ".engine"
     profile: Profile = "symmetric"
+
+    def __init__(self, options: TensorrtOptions | None = None) -> None:
+        self.options = options or TensorrtOptions()
 
     def available(self) -> str | None:
         """None, or why neither library can be imported."""

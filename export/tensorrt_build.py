@@ -94,7 +94,7 @@ def build(request: Request) -> Answer:
     _set_options(library, config, request)
     if request["batch"]:
         _add_profile(builder, config, request)
-    cache = _open_cache(library, config, request["timing_cache"], named)
+    cache = None if named else _open_cache(config, request["timing_cache"])
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         reason = first_error(logger.messages, "no reason given")
@@ -164,9 +164,9 @@ def _add_profile(builder: Any, config: Any, request: Request) -> None:
         raise DeploykitError(message)
 
 
-def _open_cache(library: Any, config: Any, path: str, named: bool) -> Any:
-    """The timing cache in use, or None; RTX, which times nothing when it builds, has none."""
-    if not path or named:
+def _open_cache(config: Any, path: str) -> Any:
+    """The timing cache in use, or None. (RTX times nothing when it builds and has none.)"""
+    if not path:
         return None
     file = Path(path)
     if file.is_symlink() or (file.exists() and not file.is_file()):

@@ -48,7 +48,7 @@ def to_half(model: ir.Model) -> None:
             if value.dtype == np.float32:
                 half = ir.tensor(_as_half(value), name="value")
                 node.attributes["value"] = ir.AttrTensor("value", half)
-        elif node.op_type == "DequantizeLinear" and node.inputs[1].dtype == _FLOAT:
+        elif node.op_type == "DequantizeLinear" and _dtype(node.inputs[1]) == _FLOAT:
             node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", _HALF)
         for output in node.outputs:
             if output.dtype == _FLOAT:
@@ -58,6 +58,10 @@ def to_half(model: ir.Model) -> None:
     # 22 and 23 changed no operator used here but for the types it takes.
     graph.opset_imports[""] = max(_OPSET, graph.opset_imports[""])
     model.ir_version = max(_IR_VERSION, model.ir_version)
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType | None:
+    return None if value is None else value.dtype
 
 
 def _require_types(model: ir.Model) -> None:

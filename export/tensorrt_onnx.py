@@ -67,9 +67,9 @@ def to_dialect(model: ir.Model, *, half: bool) -> Dialect:
             elif _producer(node, "QuantizeLinear") is not None:
                 _drop_zero_point(graph, node)
     for node in list(graph):
-        if node.op_type == "DequantizeLinear" and constant_of(node.inputs[0]) is not None:
-            if array_of(node.inputs[0]).dtype == np.int32:
-                _bias_as_floats(graph, node)
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if codes is not None and codes.dtype == ir.DataType.INT32:
+            _bias_as_floats(graph, node)
     for node in list(graph):
         if node.op_type in LAYERS:
             _read_layer(node, found)
