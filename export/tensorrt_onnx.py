@@ -214,7 +214,7 @@ def _read_layer(node: ir.Node, found: Dialect) -> None:
 
 
 def _weight_of(node: ir.Node) -> NDArray[Any] | None:
-    """A layer's weight with its inputs on axis 1, outputs on axis 0; None for a product.
+    """An ungrouped layer's weight, outputs on axis 0, inputs on 1; None for anything else.
 
     Codes stand for the weight: both have the same zeros.
     """
@@ -225,7 +225,8 @@ def _weight_of(node: ir.Node) -> NDArray[Any] | None:
             return None  # the exporter folds transposed constants, so this is an activation
         value = source.inputs[0]
         source = None if value is None else value.producer()
-    if constant_of(value) is None:
+    groups = node.attributes.get("group")
+    if constant_of(value) is None or (groups is not None and groups.as_int() != 1):
         return None
     weight = array_of(value)
     if node.op_type == "MatMul":
@@ -239,6 +240,8 @@ def _weight_of(node: ir.Node) -> NDArray[Any] | None:
 def is_sparse(weight: NDArray[Any]) -> bool:
     """Whether of every four consecutive inputs at least two are zero, for every output.
 
+    A weight of zeros alone isn't: nobody pruned it, and there is nothing to compute.
+
     Args:
         weight: (out, in, ...), any number type.
     """
@@ -246,7 +249,7 @@ def is_sparse(weight: NDArray[Any]) -> bool:
         return False
     moved = np.moveaxis(weight.astype(np.float32) != 0, 1, -1)  # int4 has no !=
     groups = moved.reshape(*moved.shape[:-1], -1, 4)
-    return bool(groups.sum(-1).max() <= 2)
+    return bool(0 < groups.sum(-1).max() <= 2)
 
 
 # ── editing ───────────────────────────────────────────────────────────────────────────────────

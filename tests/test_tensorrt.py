@@ -236,7 +236,8 @@ def test_sparse_means_along_the_inputs() -> None:
     assert is_sparse(weight)
     weight[0, 1, 2, 2] = 1
     assert not is_sparse(weight)
-    assert not is_sparse(np.zeros((4, 3)))
+    assert not is_sparse(np.zeros((8, 16)))
+    assert not is_sparse(np.ones((4, 3)))
     assert not is_sparse(np.ones(4))
 
 
