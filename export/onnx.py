@@ -6,8 +6,9 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import onnx
@@ -46,6 +47,7 @@ def onnx_bytes(
     *,
     dynamic_batch: bool = True,
     metadata: Mapping[str, str] | None = None,
+    lowerings: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> bytes:
     """Lower a captured or quantised graph to one ONNX file, opset 21, weights inside.
 
@@ -55,6 +57,7 @@ def onnx_bytes(
     Args:
         metadata: written to the file's metadata properties, sorted, so equal inputs give equal
             bytes.
+        lowerings: of further operators, by operator, as in ``onnx_lowering``.
 
     Raises:
         DeploykitError: the exporter refused the graph, froze the batch, or the file would pass
@@ -72,7 +75,7 @@ def onnx_bytes(
                 opset_version=OPSET,
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
-                custom_translation_table=translation_table(),
+                custom_translation_table={**translation_table(), **(lowerings or {})},
                 optimize=True,
                 verbose=False,
             )

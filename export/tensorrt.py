@@ -23,6 +23,7 @@ from deploykit.errors import DeploykitError, TargetMissingError, UsageError
 from deploykit.export.onnx import INPUT_NAME, onnx_bytes
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.export.tensorrt_build import Answer, Request
+from deploykit.export.tensorrt_fp8 import fp8_lowerings
 from deploykit.export.tensorrt_onnx import LAYERS, Dialect, to_dialect
 from deploykit.export.tensorrt_program import kernel_types
 from deploykit.export.tensorrt_reader import ENGINE_HASH, companion, run_companion
@@ -141,6 +142,7 @@ class TensorrtExporter:
             workspace_mib=options.workspace_mib or 0,
             optimization_level=options.optimization_level,
             sparse=found.sparse_layers > 0,
+            fp8=found.fp8_layers > 0,
             timing_cache=str(options.timing_cache.absolute()) if options.timing_cache else "",
         )
         return ask_builder(request, options.timeout_seconds)
@@ -196,7 +198,12 @@ def ask_builder(request: Request, timeout_seconds: float) -> Answer:
 
 def _read(source: Source) -> ir.Model:
     if source.onnx is None:
-        data = onnx_bytes(source.graph_module, source.backbone, dynamic_batch=source.dynamic_batch)
+        data = onnx_bytes(
+            source.graph_module,
+            source.backbone,
+            dynamic_batch=source.dynamic_batch,
+            lowerings=fp8_lowerings(),
+        )
         return ir.from_proto(onnx.load_model_from_string(data))
     try:
         proto = onnx.load_model(str(source.onnx))
@@ -229,12 +236,13 @@ def _describe(
             f"layer types are of the engine's kernels ({sum(kernels.values())} of {len(names)} "
             "layers found in its program)"
         )
-        lost = found.integer_layers - kernels.get("int8", 0)
-        if lost > 0:
-            notes.append(
-                f"{lost} of {found.integer_layers} layers with int8 inputs are computed in float: "
-                "TensorRT fused them otherwise"
-            )
+        for kind, wanted in (("int8", found.integer_layers), ("fp8", found.fp8_layers)):
+            lost = wanted - kernels.get(kind, 0)
+            if lost > 0:
+                notes.append(
+                    f"{lost} of {wanted} layers with {kind} inputs aren't computed in {kind}, as "
+                    "TensorRT fused them"
+                )
     else:
         layers = answer["layers"]
         notes.append("layer types are those asked for in the network, not the engine's kernels")

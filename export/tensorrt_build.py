@@ -21,8 +21,9 @@ from deploykit.fsio import atomic_write_bytes
 __all__ = ["DEFAULT_CAPABILITIES", "Answer", "Request", "main"]
 
 DEFAULT_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")
-"""Ampere, Ada and Blackwell; taken where no GPU says what it is."""
+"""Ampere, Ada and Blackwell; taken where no GPU says what it is. FP8 begins with SM89."""
 
+_BEFORE_FP8 = ("SM80", "SM86")
 _NOT_CHOICES = ("NONE", "CURRENT")
 _CACHE_LIMIT = 2**28
 
@@ -40,6 +41,7 @@ class Request(TypedDict):
     workspace_mib: int
     optimization_level: int
     sparse: bool
+    fp8: bool
     timing_cache: str
 
 
@@ -76,7 +78,7 @@ def build(request: Request) -> Answer:
     """
     library = find_libraries(request["library"] or None)[0]
     named = hasattr(library, "ComputeCapability")
-    capabilities = _capabilities(library, request["capabilities"], named)
+    capabilities = _capabilities(library, request, named)
     start = time.monotonic()
     logger = make_logger(library)
     builder = library.Builder(logger)
@@ -112,8 +114,8 @@ def build(request: Request) -> Answer:
     )
 
 
-def _capabilities(library: Any, wanted: list[str], named: bool) -> list[str]:
-    missing = gpu_missing()
+def _capabilities(library: Any, request: Request, named: bool) -> list[str]:
+    missing, wanted = gpu_missing(), request["capabilities"]
     if not named:
         if wanted:
             message = (
@@ -136,7 +138,9 @@ def _capabilities(library: Any, wanted: list[str], named: bool) -> list[str]:
             raise UsageError(message + ", ".join(known))
     if wanted:
         return wanted
-    return list(DEFAULT_CAPABILITIES) if missing is not None else ["CURRENT"]
+    if missing is None:
+        return ["CURRENT"]
+    return [name for name in DEFAULT_CAPABILITIES if not request["fp8"] or name not in _BEFORE_FP8]
 
 
 def _strongly_typed(library: Any) -> int:

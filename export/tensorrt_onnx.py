@@ -34,6 +34,7 @@ class Dialect:
     Attributes:
         int4_layers: layers whose weights are stored as int4.
         integer_layers: layers and products whose inputs are both int8.
+        fp8_layers: the same for FP8.
         tables: activations on a grid of unequal steps, looked up as floats.
         sparse_layers: layers that 2:4 sparse kernels can take.
         layers: layers with a weight, and products of two activations.
@@ -42,6 +43,7 @@ class Dialect:
 
     int4_layers: int = 0
     integer_layers: int = 0
+    fp8_layers: int = 0
     tables: int = 0
     sparse_layers: int = 0
     layers: int = 0
@@ -102,6 +104,8 @@ def _drop_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
     """
     quantize = _producer(dequantize, "QuantizeLinear")
     assert quantize is not None
+    if quantize.outputs[0].dtype == ir.DataType.FLOAT8E4M3FN:
+        return
     zero = int(scalar_of(quantize.inputs[2]))
     scale = float(scalar_of(quantize.inputs[1]))
     low, high = -zero, 255 - zero
@@ -163,7 +167,7 @@ def _place_codes(
     """4-bit codes as int8 beside int8 activations, else as int4."""
     codes = array_of(packed).astype(np.int8)
     users = [user for user, _ in dequantize.outputs[0].uses()]
-    integer = any(_is_integer_input(user, 0) for user in users)
+    integer = any(_codes_of(user, 0) is not None for user in users)
     scale = array_of(dequantize.inputs[1])
     if integer or (half and not _scale_fits_half(codes, scale, _axis(dequantize))):
         wide = new_constant(graph, f"{dequantize.name}_codes", codes)
@@ -194,20 +198,26 @@ def _axis(dequantize: ir.Node) -> int:
 # ── layers ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _is_integer_input(node: ir.Node, index: int) -> bool:
-    """Whether an input is int8 codes, perhaps moved around since."""
+def _codes_of(node: ir.Node, index: int) -> ir.DataType | None:
+    """The type of the codes that an input is made from, perhaps moved around since."""
     value = node.inputs[index]
     source = None if value is None else value.producer()
     while source is not None and source.op_type in _MOVES:
         value = source.inputs[0]
         source = None if value is None else value.producer()
-    return source is not None and source.op_type == "DequantizeLinear"
+    if source is None or source.op_type != "DequantizeLinear":
+        return None
+    codes = source.inputs[0]
+    if codes is not None and codes.dtype == ir.DataType.FLOAT8E4M3FN:
+        return ir.DataType.FLOAT8E4M3FN
+    return ir.DataType.INT8  # 4-bit codes become that beside int8
 
 
 def _read_layer(node: ir.Node, found: Dialect) -> None:
     found.layers += 1
-    if _is_integer_input(node, 0) and _is_integer_input(node, 1):
-        found.integer_layers += 1
+    types = {_codes_of(node, 0), _codes_of(node, 1)}
+    found.integer_layers += types == {ir.DataType.INT8}
+    found.fp8_layers += types == {ir.DataType.FLOAT8E4M3FN}
     weight = _weight_of(node)
     if weight is not None and is_sparse(weight):
         found.sparse_layers += 1

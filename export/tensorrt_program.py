@@ -22,7 +22,7 @@ _LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 _PRODUCTS = ("corrltn", "fully_connected")
 _FUSED_PRODUCT = re.compile(r"__myl_Fc|_gemm")
-_CALLED = {"half": "float16", "float": "float32"}
+_CALLED = {"int8": "int8", "fp8_e4m3": "fp8", "half": "float16", "float": "float32"}
 
 
 def kernel_types(engine: bytes, layers: Collection[str]) -> dict[str, int]:
@@ -62,8 +62,9 @@ def _type_of(kind: str, body: str, tensors: dict[str, str]) -> str | None:
     read = [tensors.get(one) for one in re.findall(r'"([^"]+)"', inputs[1])]
     if kind in _PRODUCTS or _FUSED_PRODUCT.match(name[1]):
         kinds = {one for one in read[:2] if one}
-        first = "int8" if kinds == {"int8"} else next((k for k in _CALLED if k in kinds), None)
-        return _CALLED.get(first or "", first)
+        if len(kinds) == 1:
+            return _CALLED.get(kinds.copy().pop())
+        return next((_CALLED[one] for one in ("half", "float") if one in kinds), None)
     if name[1].startswith("__myl_") and "Fc" in name[1]:
         # a cast stands before the product: codes are made floats inside the kernel
         return "float16" if "half" in read else "float32"

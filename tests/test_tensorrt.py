@@ -27,6 +27,7 @@ from deploykit.export.tensorrt import (
     ask_builder,
     export_fp16_baseline,
 )
+from deploykit.export.tensorrt_fp8 import fake_quantize_fp8, to_fp8
 from deploykit.export.tensorrt_onnx import is_sparse, to_dialect
 from deploykit.export.tensorrt_program import kernel_types
 from deploykit.export.tensorrt_reader import companion
@@ -352,6 +353,52 @@ def test_tiny_scales_keep_int8_codes_beside_halves() -> None:
     assert after.int4_layers == before.int4_layers - 1
 
 
+# ── FP8 ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_fp8_engine_computes_what_its_simulation_does(tmp_path: Path) -> None:
+    model, pixels = model_of("vit"), images(16)
+    graph_module = to_fp8(model, batches(count=8))
+    floats, simulated = model.graph_module(pixels), graph_module(pixels)
+    assert 15 < sqnr_db(floats, simulated) < 50  # it rounds, and not wildly
+    path = tmp_path / "model.engine"
+    exporter = TensorrtExporter(TensorrtOptions(library="tensorrt_rtx", floats="float32"))
+    done = exporter.export(Source(graph_module, model.backbone, "fp8"), path)
+    assert done.precision == "fp8"
+    assert any("for SM89, SM120" in note for note in done.notes) or not _tensorrt.gpu_missing()
+    assert done.layers["fp8"] >= 8  # two blocks of qkv, projection and two of the MLP
+    reader = exporter.reader(path)
+    assert reader is not None
+    assert sqnr_db(simulated, reader[1](pixels)) > 60
+
+
+def test_fp8_beside_halves(tmp_path: Path) -> None:
+    model, pixels = model_of("hybrid"), images(16)
+    graph_module = to_fp8(model, batches(count=8))
+    path, exporter = tmp_path / "model.engine", TensorrtExporter(ONE_GPU)
+    done = exporter.export(Source(graph_module, model.backbone, "fp8"), path)
+    assert done.layers["fp8"] == 3  # two products and the head; convolutions stay float16
+    assert done.layers["float16"] == 4
+    reader = exporter.reader(path)
+    assert reader is not None
+    assert sqnr_db(graph_module(pixels), reader[1](pixels)) > 25
+
+
+def test_fp8_grid() -> None:
+    values = torch.tensor([0.0, 1.0, 1.0625, 1.1875, 448.0, 1e9, -1e9])
+    found = fake_quantize_fp8(values, 1.0)
+    assert found.tolist() == [0.0, 1.0, 1.0, 1.25, 448.0, 448.0, -448.0]
+
+
+def test_fp8_wants_a_gpu_that_has_it(tmp_path: Path) -> None:
+    model = model_of("hybrid")
+    source = Source(to_fp8(model, batches(count=2)), model.backbone, "fp8")
+    options = dataclasses.replace(ONE_GPU, capabilities=("SM80",))
+    with pytest.raises(DeploykitError, match="fp8") as error:
+        TensorrtExporter(options).export(source, tmp_path / "model.engine")
+    assert "\n" not in str(error.value)
+
+
 # ── what goes wrong ───────────────────────────────────────────────────────────────────────────
 
 
@@ -381,6 +428,7 @@ def request(tmp_path: Path, **changes: Any) -> Any:
         workspace_mib=0,
         optimization_level=3,
         sparse=False,
+        fp8=False,
         timing_cache="",
     )
     return {**values, **changes}
