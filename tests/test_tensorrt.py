@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,12 @@ from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.graph.signal import sqnr_db
 from deploykit.prune.semi_structured import sparsify_2_4
 from deploykit.quant.quantize import QuantizeOptions, quantize
-from tests.graphs import batches, captured, images, make_backbone, nodes_of, tiny_cnn, tiny_vit
+from tests.graphs import batches, captured, images, nodes_of, tiny_cnn, tiny_vit
 from tests.tiny_models import tiny_hybrid
 
 MODELS = {"cnn": tiny_cnn, "vit": tiny_vit, "hybrid": tiny_hybrid}
 ONE_GPU = TensorrtOptions(library="tensorrt_rtx", capabilities=("SM89",))
+FILES = tempfile.TemporaryDirectory()  # gone when the process ends
 EXACT = dataclasses.replace(ONE_GPU, floats="float32")
 
 
@@ -72,13 +75,31 @@ def quantized(name: str, weights: int, inputs: int) -> QuantizedModel:
     return model
 
 
+@cache
+def float_source(name: str) -> Source:
+    """With its ONNX file, which takes longer to make than an engine."""
+    return with_file(source_of(model_of(name)), f"{name}.onnx")
+
+
+@cache
+def quantized_source(name: str, weights: int, inputs: int) -> Source:
+    model = quantized(name, weights, inputs)
+    return with_file(source_of(model, model.bits), f"{name}-{model.bits}.onnx")
+
+
+def with_file(source: Source, name: str) -> Source:
+    file = Path(FILES.name) / name
+    file.write_bytes(onnx_bytes(source.graph_module, source.backbone))
+    return dataclasses.replace(source, onnx=file)
+
+
 def source_of(model: CapturedModel | QuantizedModel, precision: str = "fp32") -> Source:
     return Source(model.graph_module, model.backbone, precision)
 
 
-def dialect_of(graph_module: fx.GraphModule, *, half: bool) -> tuple[ir.Model, Any]:
-    backbone = make_backbone(nn.Identity())
-    model = ir.from_proto(onnx.load_model_from_string(onnx_bytes(graph_module, backbone)))
+def dialect_of(source: Source, *, half: bool) -> tuple[ir.Model, Any]:
+    assert source.onnx is not None
+    model = ir.from_proto(onnx.load(source.onnx))
     return model, to_dialect(model, half=half)
 
 
@@ -105,7 +126,7 @@ def check_parity(model: QuantizedModel, name: str, path: Path, exporter: Tensorr
 def test_int8_engine_keeps_our_codes_and_multiplies_integers(name: str, tmp_path: Path) -> None:
     model, path = quantized(name, 8, 8), tmp_path / "model.engine"
     exporter = TensorrtExporter(EXACT)
-    done = exporter.export(source_of(model, "w8a8"), path)
+    done = exporter.export(quantized_source(name, 8, 8), path)
     assert path.stat().st_size > 100_000
     assert done.precision == "w8a8" and done.dynamic_batch
     layers = len(model.plans)
@@ -120,7 +141,7 @@ def test_int8_engine_keeps_our_codes_and_multiplies_integers(name: str, tmp_path
 def test_four_bit_activations_are_the_same_codes_in_int8(tmp_path: Path) -> None:
     model, path = quantized("cnn", 4, 4), tmp_path / "model.engine"
     exporter = TensorrtExporter(EXACT)
-    done = exporter.export(source_of(model, "w4a4"), path)
+    done = exporter.export(quantized_source("cnn", 4, 4), path)
     assert done.layers["int8"] == len(model.plans)
     file = onnx.load(companion(path))
     assert {node.op_type for node in file.graph.node} >= {"Clip", "QuantizeLinear"}
@@ -131,7 +152,7 @@ def test_four_bit_activations_are_the_same_codes_in_int8(tmp_path: Path) -> None
 def test_halves_are_within_the_noise(bits: tuple[int, int], tmp_path: Path) -> None:
     model, path = quantized("hybrid", *bits), tmp_path / "model.engine"
     exporter = TensorrtExporter(ONE_GPU)
-    done = exporter.export(source_of(model, model.bits), path)
+    done = exporter.export(quantized_source("hybrid", *bits), path)
     assert any("float16" in note for note in done.notes)
     reader = exporter.reader(path)
     assert reader is not None
@@ -144,7 +165,7 @@ def test_halves_are_within_the_noise(bits: tuple[int, int], tmp_path: Path) -> N
 
 def test_weight_only_weights_are_int4_in_the_file(tmp_path: Path) -> None:
     model, path = quantized("vit", 4, FLOAT), tmp_path / "model.engine"
-    done = TensorrtExporter(ONE_GPU).export(source_of(model, "w4a16"), path)
+    done = TensorrtExporter(ONE_GPU).export(quantized_source("vit", 4, FLOAT), path)
     expected = sum(plan.weight_bits == 4 for plan in model.plans)
     assert expected and done.layers["int4 weights"] == expected
     types = [tensor.data_type for tensor in onnx.load(companion(path)).graph.initializer]
@@ -154,7 +175,7 @@ def test_weight_only_weights_are_int4_in_the_file(tmp_path: Path) -> None:
 
 def test_fp16_baseline(tmp_path: Path) -> None:
     path = tmp_path / "fp16.engine"
-    done = export_fp16_baseline(source_of(model_of("vit")), path, ONE_GPU)
+    done = export_fp16_baseline(float_source("vit"), path, ONE_GPU)
     assert done.precision == "fp16"
     assert set(done.layers) == {"float16"}
     reader = TensorrtExporter(ONE_GPU).reader(path)
@@ -166,7 +187,7 @@ def test_fp16_baseline(tmp_path: Path) -> None:
 
 def test_float32_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "fp32.engine"
-    done = TensorrtExporter(EXACT).export(source_of(model_of("cnn")), path)
+    done = TensorrtExporter(EXACT).export(float_source("cnn"), path)
     assert done.precision == "fp32" and set(done.layers) == {"float32"}
     types = {tensor.data_type for tensor in onnx.load(companion(path)).graph.initializer}
     assert TensorProto.FLOAT16 not in types
@@ -191,9 +212,8 @@ def test_registered_and_takes_a_ready_onnx_file(tmp_path: Path) -> None:
         "tensorrt", ".engine", "symmetric",
     )  # fmt: skip
     assert exporter.available() is None
-    model, file = quantized("cnn", 8, 8), tmp_path / "model.onnx"
-    file.write_bytes(onnx_bytes(model.graph_module, model.backbone))
-    source = dataclasses.replace(source_of(model, "w8a8"), onnx=file, metadata={"a": "b"})
+    model = quantized("cnn", 8, 8)
+    source = dataclasses.replace(quantized_source("cnn", 8, 8), metadata={"a": "b"})
     path = tmp_path / "model.engine"
     TensorrtExporter(EXACT).export(source, path)
     assert {p.key: p.value for p in onnx.load(companion(path)).metadata_props}["a"] == "b"
@@ -246,7 +266,7 @@ def test_sparse_means_along_the_inputs() -> None:
 
 
 def test_signed_codes_and_float_biases_only() -> None:
-    model, found = dialect_of(quantized("cnn", 8, 8).graph_module, half=False)
+    model, found = dialect_of(quantized_source("cnn", 8, 8), half=False)
     assert found.integer_layers == found.layers == 5
     types = [value.dtype for value in model.graph.initializers.values()]
     assert ir.DataType.UINT8 not in types and ir.DataType.INT32 not in types
@@ -288,7 +308,7 @@ def test_asymmetric_bytes_are_refused(zero_point: int, tmp_path: Path) -> None:
 
 
 def test_tables_become_floats() -> None:
-    model, found = dialect_of(quantized("vit", 4, 4).graph_module, half=True)
+    model, found = dialect_of(quantized_source("vit", 4, 4), half=True)
     assert found.tables == 2  # the softmaxes of two blocks
     gathers = [node for node in model.graph if node.op_type == "Gather"]
     tables = [ir.convenience.get_const_tensor(node.inputs[0]) for node in gathers]
@@ -299,7 +319,7 @@ def test_tables_become_floats() -> None:
 
 def test_normalisations_stay_float32_and_scales_are_kept() -> None:
     graph_module = quantized("vit", 8, 8).graph_module
-    model, _ = dialect_of(graph_module, half=True)
+    model, _ = dialect_of(quantized_source("vit", 8, 8), half=True)
     norms = [node for node in model.graph if node.op_type == "LayerNormalization"]
     assert norms and all(node.outputs[0].dtype == ir.DataType.FLOAT for node in norms)
     fused = [node for node in model.graph if node.op_type in ("MatMul", "Softmax")]
@@ -335,21 +355,17 @@ def test_half_constants_are_finite_and_not_zero(tmp_path: Path) -> None:
 
 def test_tiny_scales_keep_int8_codes_beside_halves() -> None:
     """float16 would round a scale of 1e-6 to a handful of digits."""
-    model = quantized("vit", 4, FLOAT)
-    graph_module = model.graph_module
-    _, before = dialect_of(graph_module, half=True)
-    node = next(
-        node
-        for node in nodes_of(graph_module, torch.ops.deploykit.dequantize.default)
-        if node.args[3] == 4
-    )
-    scale = getattr(graph_module, str(node.args[1].target))
-    kept = scale.clone()
-    try:
-        scale[0] = 1e-6
-        _, after = dialect_of(graph_module, half=True)
-    finally:
-        scale.copy_(kept)
+    source = quantized_source("vit", 4, FLOAT)
+    _, before = dialect_of(source, half=True)
+    assert source.onnx is not None
+    model = ir.from_proto(onnx.load(source.onnx))
+    packed = next(node for node in model.graph if node.op_type == "Cast").outputs[0]
+    scale = next(user for user, _ in packed.uses()).inputs[1]
+    assert scale is not None and scale.const_value is not None
+    values = scale.const_value.numpy().copy()
+    values[0] = 1e-6
+    scale.const_value = ir.tensor(values, name=scale.name)
+    after = to_dialect(model, half=True)
     assert after.int4_layers == before.int4_layers - 1
 
 
@@ -403,23 +419,20 @@ def test_fp8_wants_a_gpu_that_has_it(tmp_path: Path) -> None:
 
 
 def test_truncated_onnx_is_one_line(tmp_path: Path) -> None:
-    model = model_of("cnn")
+    whole = float_source("cnn")
+    assert whole.onnx is not None
     file = tmp_path / "model.onnx"
-    file.write_bytes(onnx_bytes(model.graph_module, model.backbone)[:-1000])
-    source = dataclasses.replace(source_of(model), onnx=file)
+    file.write_bytes(whole.onnx.read_bytes()[:-1000])
+    source = dataclasses.replace(whole, onnx=file)
     with pytest.raises(DeploykitError, match="can't be read as an ONNX file") as error:
         TensorrtExporter(ONE_GPU).export(source, tmp_path / "model.engine")
     assert "\n" not in str(error.value)
 
 
 def request(tmp_path: Path, **changes: Any) -> Any:
-    file = tmp_path / "network.onnx"
-    if not file.exists():
-        model = model_of("cnn")
-        file.write_bytes(onnx_bytes(model.graph_module, model.backbone))
     values = tensorrt_build.Request(
         library="tensorrt_rtx",
-        onnx=str(file),
+        onnx=str(float_source("cnn").onnx),
         engine=str(tmp_path / "model.engine"),
         input_name="image",
         batch=[1, 2, 4],
@@ -444,17 +457,14 @@ def test_builder_refuses_a_broken_file_in_one_line(tmp_path: Path) -> None:
 
 def test_builder_refuses_unsigned_codes(tmp_path: Path) -> None:
     """The reason for the dialect: should a version ever take them, the dialect can go."""
-    model = quantized("cnn", 8, 8)
-    file = tmp_path / "unsigned.onnx"
-    file.write_bytes(onnx_bytes(model.graph_module, model.backbone))
     with pytest.raises(DeploykitError, match="zero point"):
-        ask_builder(request(tmp_path, onnx=str(file)), 60)
+        ask_builder(request(tmp_path, onnx=str(quantized_source("cnn", 8, 8).onnx)), 60)
 
 
 def test_unknown_capability(tmp_path: Path) -> None:
     options = dataclasses.replace(ONE_GPU, capabilities=("SM12345",))
     with pytest.raises(UsageError, match=r"unknown compute capability 'SM12345'.*SM89"):
-        TensorrtExporter(options).export(source_of(model_of("cnn")), tmp_path / "model.engine")
+        TensorrtExporter(options).export(float_source("cnn"), tmp_path / "model.engine")
 
 
 def test_slow_build_is_ended(tmp_path: Path) -> None:
@@ -463,8 +473,6 @@ def test_slow_build_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_builder_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     from deploykit.export import tensorrt
 
     command = (sys.executable, "-c", "import sys; sys.exit('out of luck')")
@@ -486,7 +494,7 @@ def test_reader_wants_the_engine_s_own_onnx(tmp_path: Path) -> None:
     path, exporter = tmp_path / "model.engine", TensorrtExporter(EXACT)
     with pytest.raises(UsageError, match="can't be read"):
         exporter.reader(path)
-    exporter.export(source_of(model_of("cnn")), path)
+    exporter.export(float_source("cnn"), path)
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(UsageError, match="belongs to another engine"):
         exporter.reader(path)
@@ -542,9 +550,7 @@ def test_full_library_keeps_a_timing_cache(
     cache.write_bytes(b"another version's cache")
     tensorrt_build.build(asked)
     assert cache.read_bytes() == first
-    assert {one.name for one in tmp_path.iterdir()} == {
-        "timing.cache", "model.engine", "network.onnx",
-    }  # fmt: skip
+    assert {one.name for one in tmp_path.iterdir()} == {"timing.cache", "model.engine"}
     link = tmp_path / "link.cache"
     link.symlink_to(cache)
     with pytest.raises(UsageError, match="not a link or folder"):
@@ -554,7 +560,7 @@ def test_full_library_keeps_a_timing_cache(
 def test_rtx_says_that_it_keeps_no_cache(tmp_path: Path) -> None:
     cache = tmp_path / "timing.cache"
     options = dataclasses.replace(EXACT, timing_cache=cache)
-    done = TensorrtExporter(options).export(source_of(model_of("cnn")), tmp_path / "m.engine")
+    done = TensorrtExporter(options).export(float_source("cnn"), tmp_path / "m.engine")
     assert any("no timing cache" in note for note in done.notes) and not cache.exists()
 
 
