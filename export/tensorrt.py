@@ -229,7 +229,7 @@ def _describe(
     """Layers by type, and notes."""
     kernels = kernel_types(engine, names)
     built_for = ", ".join(answer["capabilities"]) or "the GPU at hand"
-    notes = [f"built by {answer['library']} for {built_for}"]
+    notes = [f"built by {answer['library']} for {built_for}", *found.notes]
     if kernels:
         layers = kernels
         notes.append(

@@ -17,12 +17,18 @@ from numpy.typing import NDArray
 
 from deploykit.errors import DeploykitError
 from deploykit.export.tensorrt_half import to_half
-from deploykit.export.tensorrt_types import array_of, constant_of, new_constant, scalar_of
+from deploykit.export.tensorrt_split import split_packed_layers
+from deploykit.export.tensorrt_types import (
+    array_of,
+    codes_of,
+    constant_of,
+    new_constant,
+    scalar_of,
+)
 
 __all__ = ["Dialect", "to_dialect"]
 
 LAYERS = ("Conv", "Gemm", "MatMul")
-_MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split", "Slice", "Identity")
 _SYMMETRIC_ZERO = 128
 _HALF_NORMAL = 2.0**-14  # smaller float16 have fewer digits
 
@@ -73,12 +79,15 @@ def to_dialect(model: ir.Model, *, half: bool) -> Dialect:
         if codes is not None and codes.dtype == ir.DataType.INT32:
             _bias_as_floats(graph, node)
     for node in list(graph):
-        if node.op_type in LAYERS:
-            _read_layer(node, found)
-    for node in list(graph):
         packed = _packed(node)
         if packed is not None:
             _place_codes(graph, node, packed, half, found)
+    split = split_packed_layers(graph)
+    if split:
+        found.notes.append(f"{split} layers of query, key and value are three layers each")
+    for node in list(graph):
+        if node.op_type in LAYERS:
+            _read_layer(node, found)
     _remove_unused(graph)
     if half:
         to_half(model)
@@ -167,7 +176,7 @@ def _place_codes(
     """4-bit codes as int8 beside int8 activations, else as int4."""
     codes = array_of(packed).astype(np.int8)
     users = [user for user, _ in dequantize.outputs[0].uses()]
-    integer = any(_codes_of(user, 0) is not None for user in users)
+    integer = any(codes_of(user, 0) is not None for user in users)
     scale = array_of(dequantize.inputs[1])
     if integer or (half and not _scale_fits_half(codes, scale, _axis(dequantize))):
         wide = new_constant(graph, f"{dequantize.name}_codes", codes)
@@ -198,24 +207,9 @@ def _axis(dequantize: ir.Node) -> int:
 # ── layers ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _codes_of(node: ir.Node, index: int) -> ir.DataType | None:
-    """The type of the codes that an input is made from, perhaps moved around since."""
-    value = node.inputs[index]
-    source = None if value is None else value.producer()
-    while source is not None and source.op_type in _MOVES:
-        value = source.inputs[0]
-        source = None if value is None else value.producer()
-    if source is None or source.op_type != "DequantizeLinear":
-        return None
-    codes = source.inputs[0]
-    if codes is not None and codes.dtype == ir.DataType.FLOAT8E4M3FN:
-        return ir.DataType.FLOAT8E4M3FN
-    return ir.DataType.INT8  # 4-bit codes become that beside int8
-
-
 def _read_layer(node: ir.Node, found: Dialect) -> None:
     found.layers += 1
-    types = {_codes_of(node, 0), _codes_of(node, 1)}
+    types = {codes_of(node, 0), codes_of(node, 1)}
     found.integer_layers += types == {ir.DataType.INT8}
     found.fp8_layers += types == {ir.DataType.FLOAT8E4M3FN}
     weight = _weight_of(node)

@@ -1,4 +1,4 @@
-"""Constants of an ONNX model, read and made."""
+"""Constants of an ONNX model, read and made, and which values are codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["array_of", "constant_of", "new_constant", "scalar_of"]
+__all__ = ["array_of", "codes_of", "constant_of", "new_constant", "scalar_of"]
+
+
+_MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Split", "Slice", "Identity")
 
 
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -43,3 +46,18 @@ def new_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
+
+
+def codes_of(node: ir.Node, index: int) -> ir.DataType | None:
+    """The type of the codes that an input is made from, perhaps moved around since."""
+    value = node.inputs[index]
+    source = None if value is None else value.producer()
+    while source is not None and source.op_type in _MOVES:
+        value = source.inputs[0]
+        source = None if value is None else value.producer()
+    if source is None or source.op_type != "DequantizeLinear":
+        return None
+    codes = source.inputs[0]
+    if codes is not None and codes.dtype == ir.DataType.FLOAT8E4M3FN:
+        return ir.DataType.FLOAT8E4M3FN
+    return ir.DataType.INT8  # 4-bit codes become that beside int8

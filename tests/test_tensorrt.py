@@ -129,9 +129,8 @@ def test_int8_engine_keeps_our_codes_and_multiplies_integers(name: str, tmp_path
     done = exporter.export(quantized_source(name, 8, 8), path)
     assert path.stat().st_size > 100_000
     assert done.precision == "w8a8" and done.dynamic_batch
-    layers = len(model.plans)
-    assert done.layers["int8"] >= 0.8 * layers  # the rest is fused into attention as floats
-    assert sum(done.layers.values()) == layers
+    split = 2 * 2 if name == "vit" else 0  # query, key and value of two blocks, split in three
+    assert done.layers == {"int8": len(model.plans) + split}
     check_parity(model, name, path, exporter)
     reader = exporter.reader(path)
     assert reader is not None
@@ -305,6 +304,20 @@ def test_asymmetric_bytes_are_refused(zero_point: int, tmp_path: Path) -> None:
         TensorrtExporter(EXACT).export(source_of(captured(OneQuantizer(zero_point, 8))), path)
     assert "\n" not in str(error.value) and f"zero point {zero_point}:" in str(error.value)
     assert not path.exists()
+
+
+@pytest.mark.parametrize(("inputs", "parts"), [(8, 3), (FLOAT, 0)])
+def test_packed_attention_layers_are_split(inputs: int, parts: int) -> None:
+    model, found = dialect_of(quantized_source("vit", 8 if parts else 4, inputs), half=False)
+    names = [str(node.name) for node in model.graph if "_part" in str(node.name)]
+    assert len([name for name in names if name.endswith("dequantize")]) == 2 * parts
+    assert bool(found.notes) == bool(parts)
+    shapes = {
+        tuple(ir.convenience.get_const_tensor(node.inputs[0]).shape)  # type: ignore[union-attr]
+        for node in model.graph
+        if str(node.name) in names and node.op_type == "DequantizeLinear"
+    }
+    assert shapes == ({(32, 32)} if parts else set())
 
 
 def test_tables_become_floats() -> None:
