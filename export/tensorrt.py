@@ -18,7 +18,6 @@ from typing import Any, Literal, cast
 import onnx
 import onnx_ir as ir
 
-from deploykit._tensorrt import find_libraries
 from deploykit.errors import DeploykitError, TargetMissingError, UsageError
 from deploykit.export.onnx import INPUT_NAME, onnx_bytes
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
@@ -27,6 +26,7 @@ from deploykit.export.tensorrt_fp8 import fp8_lowerings
 from deploykit.export.tensorrt_onnx import LAYERS, Dialect, to_dialect
 from deploykit.export.tensorrt_program import kernel_types
 from deploykit.export.tensorrt_reader import ENGINE_HASH, companion, run_companion
+from deploykit.targets.nvidia import find_libraries
 
 __all__ = ["TensorrtExporter", "TensorrtOptions", "export_fp16_baseline"]
 

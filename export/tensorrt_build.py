@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any, TypedDict
 
-from deploykit._tensorrt import find_libraries, first_error, gpu_missing, make_logger, tidy
 from deploykit.errors import DeploykitError, TargetMissingError, UsageError
 from deploykit.fsio import atomic_write_bytes
+from deploykit.targets.nvidia import find_libraries, first_error, gpu_missing, make_logger, tidy
 
 __all__ = ["DEFAULT_CAPABILITIES", "Answer", "Request", "main"]
 

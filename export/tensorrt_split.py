@@ -86,4 +86,6 @@ def _split(graph: ir.Graph, node: ir.Node, weight: ir.Node, parts: int) -> None:
 
 
 def _describe(node: ir.Node, dtype: ir.DataType | None) -> None:
-    node.outputs[0].name, node.outputs[0].dtype = node.name, dtype
+    node.outputs[0].name = node.name
+    if dtype is not None:
+        node.outputs[0].dtype = dtype

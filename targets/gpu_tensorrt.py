@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from deploykit._tensorrt import find_libraries, first_error, gpu_missing, make_logger
 from deploykit.errors import MeasurementError, TargetMissingError, UsageError
+from deploykit.targets.nvidia import find_libraries, first_error, gpu_missing, make_logger
 from deploykit.targets.registry import FloatArray, Runner, one_line, register_target
 
 __all__ = ["GpuTensorrt", "count_kernels"]

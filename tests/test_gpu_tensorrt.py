@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from deploykit import _tensorrt
 from deploykit.errors import MeasurementError, TargetMissingError, UsageError
-from deploykit.targets import gpu_tensorrt
+from deploykit.targets import gpu_tensorrt, nvidia
 from deploykit.targets.gpu_tensorrt import GpuTensorrt, count_kernels
 from deploykit.targets.registry import get_target, list_targets
 
@@ -27,7 +26,7 @@ def test_registered() -> None:
 
 
 def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:
-    if _tensorrt.gpu_missing() is None:
+    if nvidia.gpu_missing() is None:
         pytest.skip("a GPU is here")
     reason = GpuTensorrt().available()
     assert reason is not None and "needs an NVIDIA GPU" in reason and "\n" not in reason
@@ -269,7 +268,7 @@ def test_a_driver_that_fails_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
         (Driver(100, 0), "CUDA error 100"),
     ):
         monkeypatch.setattr(ctypes, "CDLL", lambda _, driver=driver: driver)
-        reason = _tensorrt.gpu_missing()
+        reason = nvidia.gpu_missing()
         assert reason is None if said is None else reason is not None and said in reason
 
 
@@ -279,6 +278,6 @@ def test_messages_are_one_telling_line() -> None:
         ("ERROR", "In f: CUDA driver version is insufficient for CUDA runtime version"),
         ("ERROR", "Conv:\n bad weights (In build at /_src/builder.cpp:12)"),
     ]
-    assert _tensorrt.first_error(messages, "none") == "Conv: bad weights"
-    assert _tensorrt.first_error([], "none") == "none"
-    assert len(_tensorrt.tidy("x" * 1000)) == 300
+    assert nvidia.first_error(messages, "none") == "Conv: bad weights"
+    assert nvidia.first_error([], "none") == "none"
+    assert len(nvidia.tidy("x" * 1000)) == 300

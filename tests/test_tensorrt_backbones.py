@@ -19,7 +19,7 @@ from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.graph.signal import sqnr_db
 from deploykit.quant.quantize import QuantizeOptions, quantize
 from tests.graphs import images, make_backbone
-from tests.test_tensorrt import symmetric
+from tests.tensorrt_models import symmetric
 
 pytestmark = pytest.mark.slow
 
