@@ -26,7 +26,7 @@ from deploykit.export.tensorrt_fp8 import fp8_lowerings
 from deploykit.export.tensorrt_onnx import LAYERS, Dialect, to_dialect
 from deploykit.export.tensorrt_program import kernel_types
 from deploykit.export.tensorrt_reader import ENGINE_HASH, companion, run_companion
-from deploykit.targets.nvidia import find_libraries
+from deploykit.targets.nvidia import build_obstacle, find_libraries
 
 __all__ = ["TensorrtExporter", "TensorrtOptions", "export_fp16_baseline"]
 
@@ -87,12 +87,11 @@ class TensorrtExporter:
         self.options = options or TensorrtOptions()
 
     def available(self) -> str | None:
-        """None, or why neither library can be imported."""
+        """None, or why no library can be imported, or the one that can can't build here."""
         try:
-            find_libraries(self.options.library)
+            return build_obstacle(find_libraries(self.options.library)[0])
         except TargetMissingError as error:
             return str(error)
-        return None
 
     def export(self, source: Source, path: Path) -> Exported:
         """Write the engine at ``path`` and the ONNX it was built from at ``<path>.onnx``.

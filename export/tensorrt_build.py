@@ -16,7 +16,14 @@ from typing import Any, TypedDict
 
 from deploykit.errors import DeploykitError, TargetMissingError, UsageError
 from deploykit.fsio import atomic_write_bytes
-from deploykit.targets.nvidia import find_libraries, first_error, gpu_missing, make_logger, tidy
+from deploykit.targets.nvidia import (
+    build_obstacle,
+    find_libraries,
+    first_error,
+    gpu_missing,
+    make_logger,
+    tidy,
+)
 
 __all__ = ["DEFAULT_CAPABILITIES", "Answer", "Request", "main"]
 
@@ -115,7 +122,7 @@ def build(request: Request) -> Answer:
 
 
 def _capabilities(library: Any, request: Request, named: bool) -> list[str]:
-    missing, wanted = gpu_missing(), request["capabilities"]
+    wanted = request["capabilities"]
     if not named:
         if wanted:
             message = (
@@ -123,13 +130,9 @@ def _capabilities(library: Any, request: Request, named: bool) -> list[str]:
                 "capabilities, choose the library tensorrt_rtx"
             )
             raise UsageError(message)
-        if missing is not None:
-            message = (
-                f"{library.__name__} builds on the GPU that is to run the engine, and {missing}; "
-                "use a machine with one, or pip install 'deploykit-vision[tensorrt-rtx]' and "
-                "choose the library tensorrt_rtx"
-            )
-            raise TargetMissingError(message)
+        obstacle = build_obstacle(library)
+        if obstacle is not None:
+            raise TargetMissingError(obstacle)
         return []
     known = [name for name in library.ComputeCapability.__members__ if name not in _NOT_CHOICES]
     for name in wanted:
@@ -138,7 +141,7 @@ def _capabilities(library: Any, request: Request, named: bool) -> list[str]:
             raise UsageError(message + ", ".join(known))
     if wanted:
         return wanted
-    if missing is None:
+    if gpu_missing() is None:
         return ["CURRENT"]
     return [name for name in DEFAULT_CAPABILITIES if not request["fp8"] or name not in _BEFORE_FP8]
 

@@ -120,8 +120,9 @@ def _drop_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
     low, high = -zero, 255 - zero
     clip = _producer(quantize, "Clip")
     if clip is not None:
-        bounds = [float(scalar_of(value)) for value in clip.inputs[1:3]]
-        low, high = max(low, round(bounds[0] / scale)), min(high, round(bounds[1] / scale))
+        least, most = (_bound(clip, index) for index in (1, 2))
+        low = low if least is None else max(low, round(least / scale))
+        high = high if most is None else min(high, round(most / scale))
     if low < -_SYMMETRIC_ZERO or high >= _SYMMETRIC_ZERO:
         message = (
             f"TensorRT wants signed activation codes without a zero point, and {quantize.name} "
@@ -134,6 +135,11 @@ def _drop_zero_point(graph: ir.Graph, dequantize: ir.Node) -> None:
     quantize.attributes.pop("output_dtype", None)
     codes = quantize.outputs[0]
     codes.dtype = ir.DataType.INT8
+
+
+def _bound(clip: ir.Node, index: int) -> float | None:
+    value = clip.inputs[index] if len(clip.inputs) > index else None
+    return None if constant_of(value) is None else float(scalar_of(value))
 
 
 def _is_table(dequantize: ir.Node) -> bool:

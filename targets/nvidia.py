@@ -16,7 +16,15 @@ from typing import Any
 
 from deploykit.errors import TargetMissingError
 
-__all__ = ["LIBRARIES", "find_libraries", "first_error", "gpu_missing", "make_logger", "tidy"]
+__all__ = [
+    "LIBRARIES",
+    "build_obstacle",
+    "find_libraries",
+    "first_error",
+    "gpu_missing",
+    "make_logger",
+    "tidy",
+]
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 
@@ -62,6 +70,18 @@ def gpu_missing() -> str | None:
     if code:
         return f"the NVIDIA driver can't be used (CUDA error {code})"
     return None if count.value else "the NVIDIA driver finds no GPU"
+
+
+def build_obstacle(library: Any) -> str | None:
+    """Why a library can't build here, or None: the full one needs the GPU it builds for."""
+    missing = None if hasattr(library, "ComputeCapability") else gpu_missing()
+    if missing is None:
+        return None
+    return (
+        f"{library.__name__} builds on the GPU that is to run the engine, and {missing}; use a "
+        "machine with one, or pip install 'deploykit-vision[tensorrt-rtx]' and choose the library "
+        "tensorrt_rtx"
+    )
 
 
 def make_logger(library: Any) -> Any:

@@ -138,6 +138,14 @@ def test_float32_when_asked(tmp_path: Path) -> None:
     assert TensorProto.FLOAT16 not in types
 
 
+def test_batch_sizes_are_the_engine_s(tmp_path: Path) -> None:
+    """The program checks its input against the profile, in words."""
+    path = tmp_path / "model.engine"
+    options = dataclasses.replace(ONE_GPU, batch=(2, 3, 6))
+    done = TensorrtExporter(options).export(float_source("cnn"), path)
+    assert done.dynamic_batch and b"out of bounds [2, 6]" in path.read_bytes()
+
+
 def test_fixed_batch_and_several_gpus(tmp_path: Path) -> None:
     model = model_of("cnn")
     source = dataclasses.replace(source_of(model), dynamic_batch=False)
@@ -148,6 +156,7 @@ def test_fixed_batch_and_several_gpus(tmp_path: Path) -> None:
     assert not done.dynamic_batch
     assert any("SM80, SM120" in note for note in done.notes)
     assert two.stat().st_size > one.stat().st_size
+    assert b"out of bounds" not in one.read_bytes()
     assert onnx.load(companion(two)).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
 
 

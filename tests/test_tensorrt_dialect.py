@@ -144,3 +144,28 @@ def test_tiny_scales_keep_int8_codes_beside_halves() -> None:
     scale.const_value = ir.tensor(values, name=scale.name)
     after = to_dialect(model, half=True)
     assert after.int4_layers == before.int4_layers - 1
+
+
+class Clamped(nn.Module):
+    """A quantiser after a clamp of the model's own, with one bound."""
+
+    def __init__(self, low: float | None, high: float | None) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.ops.deploykit.fake_quantize(x.clamp(self.low, self.high), 0.125, 0, 8)
+        return x.flatten(2).mean(-1)
+
+
+def test_a_clamp_can_make_codes_fit(tmp_path: Path) -> None:
+    """Codes of 0 to 6 in steps of 1/8 fit int8 without a zero point; those of 0 up don't."""
+    model, path = captured(Clamped(0.0, 6.0)), tmp_path / "model.engine"
+    exporter = TensorrtExporter(EXACT)
+    exporter.export(source_of(model), path)
+    reader = exporter.reader(path)
+    assert reader is not None
+    pixels = 5 * images()
+    torch.testing.assert_close(reader[1](pixels), model.graph_module(pixels), rtol=0, atol=1e-6)
+    with pytest.raises(DeploykitError, match="symmetric activations"):
+        exporter.export(source_of(captured(Clamped(0.0, None))), tmp_path / "no.engine")

@@ -147,6 +147,8 @@ def test_full_library_wants_a_gpu(full_library: None, tmp_path: Path) -> None:
         pytest.skip("a GPU is here")
     with pytest.raises(TargetMissingError, match=r"builds on the GPU .* no NVIDIA driver"):
         tensorrt_build.build(request(tmp_path, capabilities=[]))
+    reason = nvidia.build_obstacle(FullLibrary())
+    assert reason is not None and "choose the library tensorrt_rtx" in reason
     with pytest.raises(UsageError, match="for the GPU at hand only"):
         tensorrt_build.build(request(tmp_path))
 
@@ -155,7 +157,7 @@ def test_full_library_wants_a_gpu(full_library: None, tmp_path: Path) -> None:
 def test_full_library_keeps_a_timing_cache(
     full_library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt_build, "gpu_missing", lambda: None)
+    monkeypatch.setattr(nvidia, "gpu_missing", lambda: None)
     cache = tmp_path / "timing.cache"
     asked = request(tmp_path, capabilities=[], timing_cache=str(cache))
     answer = tensorrt_build.build(asked)
