@@ -111,9 +111,10 @@ class ArtifactWriter:
             return {
                 "precision": made.precision,
                 "dynamic_batch": made.dynamic_batch,
+                "half": made.half,
                 "notes": list(made.notes),
                 "layers": dict(made.layers),
-                **size_and_hash(files),
+                **size_and_hash(f for f in files if f.name not in made.companions),
             }
 
         kept = self.workspace.cached(f"artifact-{exporter.name}-{name}", make)

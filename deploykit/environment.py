@@ -27,6 +27,7 @@ _PACKAGES = (
     "torch-pruning",
     "coremltools",
     "tensorrt",
+    "tensorrt-rtx-cu13",
     "numpy",
 )
 

@@ -106,6 +106,7 @@ class Artifact(Data):
     )
     weights: str = Field(description="label of the weights' origin, 'untrained' if so")
     dynamic_batch: bool = Field(default=True, description="takes any number of images")
+    half: bool = Field(default=False, description="floats are computed in float16")
     notes: list[str] = Field(default=[], description="what the exporter has to say")
     layers: dict[str, int] = Field(default={}, description="what the format made of the layers")
     integer: list[str] = Field(default=[], description="parts that run on integers here")

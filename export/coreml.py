@@ -120,6 +120,7 @@ class Coreml:
             dynamic_batch=dynamic,
             notes=(*self._notes(source, target, dynamic, function), *notes),
             layers=count_layers(function),
+            half=self.floats == "fp16",
         )
 
     def reader(self, path: Path) -> tuple[str, Reader]:

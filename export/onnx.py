@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import onnx
@@ -13,6 +14,7 @@ from torch import fx
 
 from deploykit.errors import DeploykitError, one_line
 from deploykit.export.onnx_exporters import to_onnx
+from deploykit.export.onnx_lowering import lowerings as own_lowerings
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
@@ -57,10 +59,16 @@ def onnx_bytes(
     dynamic_batch: bool = True,
     signed: bool = False,
     metadata: Mapping[str, str] | None = None,
+    lowerings: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> bytes:
     """The file that ``lower_onnx`` makes."""
     return lower_onnx(
-        graph_module, backbone, dynamic_batch=dynamic_batch, signed=signed, metadata=metadata
+        graph_module,
+        backbone,
+        dynamic_batch=dynamic_batch,
+        signed=signed,
+        metadata=metadata,
+        lowerings=lowerings,
     )[0]
 
 
@@ -71,6 +79,7 @@ def lower_onnx(
     dynamic_batch: bool = True,
     signed: bool = False,
     metadata: Mapping[str, str] | None = None,
+    lowerings: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> tuple[bytes, list[str]]:
     """Lower a captured or quantised graph to one ONNX file, opset 21, weights inside.
 
@@ -81,6 +90,7 @@ def lower_onnx(
         signed: store grids around zero as int8 without a zero point, for runtimes that want it.
         metadata: written to the file's metadata properties, sorted, so equal inputs give equal
             bytes.
+        lowerings: of further operators, by operator, as in ``onnx_lowering``.
 
     Returns:
         The file, and what the report should say of how it was made.
@@ -92,7 +102,12 @@ def lower_onnx(
     size = backbone.preprocessing.size
     example = torch.zeros(2 if dynamic_batch else 1, 3, size, size)
     try:
-        model, notes = to_onnx(graph_module, example, dynamic_batch=dynamic_batch, signed=signed)
+        model, notes = to_onnx(
+            graph_module,
+            example,
+            dynamic_batch=dynamic_batch,
+            table={**own_lowerings(signed=signed), **(lowerings or {})},
+        )
     except Exception as error:  # the exporters raise many unrelated types
         message = f"{backbone.name} can't be exported to ONNX: {one_line(error)}"
         raise DeploykitError(message) from error

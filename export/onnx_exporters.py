@@ -20,7 +20,7 @@ from torch.onnx import symbolic_helper
 from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
 
 from deploykit.errors import one_line
-from deploykit.export.onnx_lowering import OPSET, lowerings, translation_table
+from deploykit.export.onnx_lowering import OPSET, Table, translation_table
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
 
@@ -34,7 +34,7 @@ _KINDS = {"Tensor": "v", "float": "f", "int": "i", "bool": "b", "List[float]": "
 
 
 def to_onnx(
-    graph_module: fx.GraphModule, example: Tensor, *, dynamic_batch: bool, signed: bool
+    graph_module: fx.GraphModule, example: Tensor, *, dynamic_batch: bool, table: Table
 ) -> tuple[ir.Model, list[str]]:
     """A graph as an ONNX model of opset 21.
 
@@ -43,7 +43,7 @@ def to_onnx(
 
     Args:
         example: (N, 3, S, S).
-        signed: grids around zero become int8 without a zero point.
+        table: lowerings of operators.
 
     Returns:
         The model, and a line for the report if it wasn't the first exporter that made it.
@@ -52,14 +52,14 @@ def to_onnx(
         Exception: none could; the first one's error.
     """
     ways: list[tuple[str, Callable[[], ir.Model]]] = [
-        ("the dynamo exporter", lambda: _by_dynamo(graph_module, example, dynamic_batch, signed)),
+        ("the dynamo exporter", lambda: _by_dynamo(graph_module, example, dynamic_batch, table)),
         (
             "the dynamo exporter after run_decompositions",
-            lambda: _by_dynamo(graph_module, example, dynamic_batch, signed, decomposed=True),
+            lambda: _by_dynamo(graph_module, example, dynamic_batch, table, decomposed=True),
         ),
         (
             "the TorchScript exporter",
-            lambda: _by_torchscript(graph_module, example, dynamic_batch, signed),
+            lambda: _by_torchscript(graph_module, example, dynamic_batch, table),
         ),
     ]
     first: Exception | None = None
@@ -86,7 +86,7 @@ def _by_dynamo(
     graph_module: fx.GraphModule,
     example: Tensor,
     dynamic_batch: bool,
-    signed: bool,
+    table: Table,
     *,
     decomposed: bool = False,
 ) -> ir.Model:
@@ -100,7 +100,7 @@ def _by_dynamo(
         opset_version=OPSET,
         input_names=[INPUT_NAME],
         output_names=[OUTPUT_NAME],
-        custom_translation_table=translation_table(signed=signed),
+        custom_translation_table=translation_table(table),
         optimize=True,
         verbose=False,
     )
@@ -109,10 +109,9 @@ def _by_dynamo(
 
 
 def _by_torchscript(
-    graph_module: fx.GraphModule, example: Tensor, dynamic_batch: bool, signed: bool
+    graph_module: fx.GraphModule, example: Tensor, dynamic_batch: bool, table: Table
 ) -> ir.Model:
     """Our operators go through as nodes of a domain of their own and are lowered afterwards."""
-    table: dict[Any, Callable[..., Any]] = lowerings(signed=signed)
     ours = {
         _name(target): (target, lower)
         for target, lower in table.items()

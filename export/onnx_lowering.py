@@ -7,7 +7,7 @@ the builder of onnxscript's rewriter.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,12 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21
 
-__all__ = ["OPSET", "lowerings", "translation_table"]
+__all__ = ["OPSET", "Table", "lowerings", "translation_table"]
 
 OPSET = 21
+
+Table = Mapping[Any, Callable[..., Any]]
+"""By operator, what builds its nodes: ``op``, then the operator's own arguments."""
 
 
 def _scalar(op: Any, value: float | np.generic, dtype: type[np.generic], name: str) -> Any:
@@ -182,12 +185,12 @@ def lowerings(*, signed: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def translation_table(*, signed: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """``lowerings`` for ``torch.onnx.export(custom_translation_table=…)``.
+def translation_table(table: Table) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Lowerings for ``torch.onnx.export(custom_translation_table=…)``.
 
     The exporter reads signatures and knows ``op`` of none.
     """
-    return {target: _traced(lower) for target, lower in lowerings(signed=signed).items()}
+    return {target: _traced(lower) for target, lower in table.items()}
 
 
 def _traced(lower: Callable[..., Any]) -> Callable[..., Any]:

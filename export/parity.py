@@ -12,20 +12,21 @@ the sharper demand, must not be farther from the float model than the simulation
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from deploykit.export.half import HALF_MARGIN_DB, half_floor_db
 from deploykit.graph.signal import sqnr_db
 from deploykit.types import Artifact, ParityRow
 
 __all__ = ["Reference", "compare", "make_reference"]
 
 FLOAT_SQNR_DB = 80.0
-HALF_SQNR_DB = 40.0  # an 11-bit significand: 70 dB an operator, and some hundred of them add up
 NOISE_MARGIN_DB = 3.0  # both differ from the float model by independent noise of equal power
 EXCESS_DB = 1.0
 PERTURBATION = 1e-6
@@ -42,6 +43,7 @@ class Reference:
         float_logits: (N, classes) of the float model, if the graph quantises activations;
             None if the graph has no rounding inside.
         floor_sqnr_db: SQNR of the graph against itself with the input changed by 1e-6.
+        half_sqnr_db: SQNR of the graph in float16 against itself, worked out when it is asked for.
         floor_flips: most top-1 changes among N images in such a rerun.
     """
 
@@ -50,6 +52,7 @@ class Reference:
     float_logits: Tensor | None
     floor_sqnr_db: float
     floor_flips: int
+    half_sqnr_db: Callable[[], float] = lambda: math.inf
 
 
 @torch.no_grad()
@@ -59,6 +62,7 @@ def make_reference(
     images: Tensor,
     float_logits: Tensor | None,
     seed: int,
+    graph_module: fx.GraphModule | None = None,
 ) -> Reference:
     """Run the graph on the images, and (if it rounds inside) again with them hardly changed.
 
@@ -67,10 +71,14 @@ def make_reference(
         images: (N, 3, S, S) float32.
         float_logits: the float model's logits on the images, if the graph quantises
             activations, else None.
+        graph_module: what ``run`` runs, for files that compute in float16.
     """
     logits = run(images)
     if float_logits is None:
-        return Reference(name, logits, None, math.inf, 0)
+        if graph_module is None:
+            return Reference(name, logits, None, math.inf, 0)
+        half = functools.cache(functools.partial(half_floor_db, graph_module, images))
+        return Reference(name, logits, None, math.inf, 0, half)
     generator = torch.Generator().manual_seed(seed)
     floor, flips = math.inf, 0
     for _ in range(_DRAWS):
@@ -102,10 +110,13 @@ def compare(
     disagree = int((logits.argmax(1) != wanted.argmax(1)).sum())
     own: float | None
     if reference.float_logits is None:
-        half = artifact.precision == "fp16"
-        needed = HALF_SQNR_DB if half else FLOAT_SQNR_DB
+        needed, why = FLOAT_SQNR_DB, ""
+        if artifact.half:
+            floor = reference.half_sqnr_db()
+            needed = min(floor - HALF_MARGIN_DB, FLOAT_SQNR_DB)
+            why = f", within {HALF_MARGIN_DB:g} dB of the graph in float16 (it is {floor:.1f} dB)"
         passed = sqnr >= needed
-        tolerance = f"SQNR >= {needed:g} dB" + (" (computed in fp16)" if half else "")
+        tolerance = f"SQNR >= {needed:.4g} dB{why}"
         own = None
     else:
         own = sqnr_db(reference.float_logits, wanted)

@@ -74,12 +74,16 @@ class Exported:
         notes: what the user should know, one line each.
         layers: what the format made of the layers, such as ``{"int8": 40, "float": 3}``.
         dynamic_batch: whether the file really takes any number of images.
+        half: floats are computed in float16.
+        companions: names of files that were written beside it and needn't ship.
     """
 
     precision: str
     dynamic_batch: bool
     notes: tuple[str, ...] = ()
     layers: Mapping[str, int] = field(default_factory=dict)
+    companions: tuple[str, ...] = ()
+    half: bool = False
 
 
 class Exporter(Protocol):
