@@ -26,6 +26,7 @@ from deploykit.environment import environment, version
 from deploykit.errors import DeploykitError, UsageError
 from deploykit.export.onnx import onnx_bytes
 from deploykit.export.registry import Exporter, Profile
+from deploykit.export.structure import STRUCTURE_NAME, TENSORS_NAME, model_bytes
 from deploykit.fsio import ensure_directory
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.quantized import FLOAT, QuantizedModel
@@ -264,6 +265,8 @@ class _Job:
                         algorithm=f"deploykit {version()}", **model.how_it_runs(),
                     )
                 )  # fmt: skip
+        if main is not None:
+            self._save_graph(main)
         for name, filename in others:
             try:
                 artifact, record = self._by_nncf(writer, name, filename)
@@ -278,6 +281,23 @@ class _Job:
         for artifact in artifacts:
             warnings += [f"{artifact.path.name}: {note}" for note in artifact.notes]
         return artifacts, records, warnings
+
+    def _save_graph(self, model: QuantizedModel) -> None:
+        """The quantised graph itself, to be loaded again without pickle or the model's source."""
+
+        def write() -> bool:
+            with self.reporter.step(f"write {STRUCTURE_NAME}"):
+                structure, tensors = model_bytes(
+                    model.graph_module,
+                    self.backbone,
+                    precision=model.bits,
+                    dynamic_batch=model.dynamic_batch,
+                )
+                self.workspace.write(self.workspace.out / TENSORS_NAME, tensors)
+                self.workspace.write(self.workspace.out / STRUCTURE_NAME, structure)
+            return True
+
+        self.workspace.cached("structure", write)
 
     def _by_nncf(
         self, writer: ArtifactWriter, name: str, filename: str

@@ -149,7 +149,7 @@ class _References:
         seed: int,
     ) -> None:
         self.simulations, self.pixels, self.batch, self.seed = simulations, pixels, batch, seed
-        self.floats = self._make("float model (torch)", original.graph_module, None)
+        self.floats = self._make("float model (torch)", original.graph_module, None, original)
         self.made: dict[str, Reference] = {}
 
     def of(self, artifact: Artifact) -> Reference:
@@ -161,19 +161,27 @@ class _References:
         key = profile if ours else artifact.name
         if key not in self.made:
             run: Callable[[Tensor], Tensor]
-            if ours:
-                simulation = self.simulations[profile]
+            simulation = self.simulations.get(profile)
+            if ours and simulation is not None:
                 name, run = "simulation (torch)", simulation
                 rounds_inside = any(plan.input_bits != FLOAT for plan in simulation.plans)
             else:
                 name, run = UNOPTIMIZED, _as_written(artifact.path)
                 rounds_inside = not artifact.precision.endswith(f"a{FLOAT}")
-            self.made[key] = self._make(name, run, self.floats.logits if rounds_inside else None)
+            floats = self.floats.logits if rounds_inside else None
+            self.made[key] = self._make(name, run, floats, simulation if ours else None)
         return self.made[key]
 
-    def _make(self, name: str, run: Callable[[Tensor], Tensor], floats: Tensor | None) -> Reference:
+    def _make(
+        self,
+        name: str,
+        run: Callable[[Tensor], Tensor],
+        floats: Tensor | None,
+        model: CapturedModel | QuantizedModel | None,
+    ) -> Reference:
         in_batches = partial(_in_batches, run, size=self.batch)
-        return make_reference(name, in_batches, self.pixels, floats, self.seed)
+        graph_module = model.graph_module if model is not None else None
+        return make_reference(name, in_batches, self.pixels, floats, self.seed, graph_module)
 
 
 def _as_written(path: Path) -> Callable[[Tensor], Tensor]:

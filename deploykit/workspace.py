@@ -24,6 +24,7 @@ _FILES = (
     "report.md",
     "environment.json",
     "recipe.yaml",
+    "structure.json",
 )
 _STEMS = ("model", "original", "nncf")  # of the files in any format
 _OURS = (".work", "report.json", "recipe.yaml")

@@ -73,11 +73,15 @@ def test_the_file_computes_what_the_graph_computes(
             session = target.load(path, 1)
             runs[target.name] = lambda x, run=session: torch.from_numpy(run(x.numpy()))
     assert runs, "nothing here runs it"
-    floats = None if quantized is None else model.graph_module(pixels)
-    reference = make_reference("graph", lowered.graph_module, pixels, floats, 0)
+    floats = model.graph_module(pixels)
+    graph_module = lowered.graph_module
+    rounds = bits in ("w8a8", "w4a8")
+    reference = make_reference(
+        "graph", graph_module, pixels, floats if rounds else None, 0, graph_module
+    )
     artifact = Artifact(
         name="compressed", format=name, path=path, bytes=1, sha256="", weights="",
-        precision=made.precision,
+        precision=made.precision, half=made.half,
     )  # fmt: skip
     for runtime, run in runs.items():
         for batch in (1, 8) if made.dynamic_batch else (1,):

@@ -22,6 +22,7 @@ FILES = {
     "recipe.yaml",
     *("original.onnx", "original.xml", "original.bin"),
     *("model.onnx", "model.xml", "model.bin"),
+    *("structure.json", "model.safetensors"),
     "report.json",
     "report.md",
     "report.html",
