@@ -38,7 +38,7 @@ class ExecutorchExporter:
             TargetMissingError: ExecuTorch's environment is not there.
             DeploykitError: ExecuTorch can't lower the graph.
         """
-        lowered = lower_plainly(source.graph_module, dynamic_inputs=True)
+        lowered = lower_plainly(source.graph_module, codes_in_graph=True)
         with archived(lowered.graph_module, source.backbone) as program:
             layers = call(
                 "executorch",

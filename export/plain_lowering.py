@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
-from torch import fx
+from torch import Tensor, fx
 
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import add_tensor, clean, constant, is_op
 
-__all__ = ["Lowered", "lower_plainly"]
+__all__ = ["Lowered", "WeightCodes", "lower_plainly"]
 
 aten = torch.ops.aten
 _OURS = torch.ops.deploykit
@@ -29,6 +29,23 @@ _PLAIN = torch.ops.quantized_decomposed
 _LAYERS = (aten.linear.default, aten.conv2d.default, aten.conv2d.padding)
 _FUSED = (aten.relu.default, aten.hardtanh.default, aten.relu6.default)
 _MIDDLE = 128
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """A layer's weight, kept beside a graph that holds it as floats.
+
+    Attributes:
+        codes: int8 (out, ...), as PyTorch orders a linear layer's or convolution's weight.
+        scale: float32 (out,); the graph's floats are ``codes * scale``.
+        bits: width of the codes.
+        kind: of the layer: ``static``, ``dynamic`` or ``weight_only``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bits: int
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -40,52 +57,66 @@ class Lowered:
         static: layers with integer weights whose input and output lie on fixed grids.
         dynamic: layers with integer weights and input whose output is a float.
         weight_only: layers with integer weights and float input.
+        codes: weights that became floats in the graph.
     """
 
     graph_module: fx.GraphModule
     static: tuple[str, ...]
     dynamic: tuple[str, ...]
     weight_only: tuple[str, ...]
+    codes: tuple[WeightCodes, ...]
 
 
-def lower_plainly(graph_module: fx.GraphModule, *, dynamic_inputs: bool) -> Lowered:
+def lower_plainly(graph_module: fx.GraphModule, *, codes_in_graph: bool) -> Lowered:
     """Rewrite a captured or quantised graph; a captured one has nothing to rewrite.
 
-    Weights of layers with float input become float: formats that compute with float inputs have
-    no kernel for integer weights.
+    Mobile runtimes' integer layers write integers, so a layer whose output has no grid can't run
+    on the graph's grid. A linear layer of that kind chooses its input's grid when it runs, row
+    by row at 8 bits; an 8-bit grid of the graph would only be a second rounding and goes.
 
     Args:
-        dynamic_inputs: runtimes whose integer layers write integers can't take a layer without
-            an output grid. True lets such a layer choose its input's grid when it runs, row by
-            row at 8 bits, instead of the graph's grid; False makes its weights float.
+        codes_in_graph: True keeps the weights of static layers and dynamic linear layers as
+            codes behind a dequantise operator, and makes the others floats; False makes all of
+            them floats, for a converter that is told the codes afterwards.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own pytree warns about itself when copied
         graph_module = copy.deepcopy(graph_module)
     _linear_again(graph_module)
-    static, dynamic, weight_only = [], [], []
+    found: dict[str, list[str]] = {"static": [], "dynamic": [], "weight_only": []}
+    codes = []
     for node in list(graph_module.graph.nodes):
         if not (is_op(node, *_LAYERS) and is_op(node.args[1], _OURS.dequantize.default)):
             continue
         if len(node.args) > 2 and is_op(node.args[2], _OURS.dequantize.default):
             _fold(graph_module, node, 2)
-        if not is_op(node.args[0], _OURS.fake_quantize.default):
-            weight_only.append(node.name)
-            _fold(graph_module, node, 1)
-        elif _output_is_quantized(node):
-            static.append(node.name)
-        else:
-            dynamic.append(node.name)
-            if dynamic_inputs and is_op(node, aten.linear.default):
+        kind = _kind(node)
+        found[kind].append(node.name)
+        chooses = kind == "dynamic" and is_op(node, aten.linear.default)
+        if chooses:
+            _drop_input_grid(node)
+            if codes_in_graph:
                 _choose_input_grid(graph_module, node)
-            else:
-                _fold(graph_module, node, 1)
+        if not (codes_in_graph and (chooses or kind == "static")):
+            codes.append(WeightCodes(*_fold(graph_module, node, 1), kind))
     for node in list(graph_module.graph.nodes):
         rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
         if rewrite is not None:
             rewrite(graph_module, node)
     clean(graph_module)
-    return Lowered(graph_module, tuple(static), tuple(dynamic), tuple(weight_only))
+    return Lowered(
+        graph_module,
+        tuple(found["static"]),
+        tuple(found["dynamic"]),
+        tuple(found["weight_only"]),
+        tuple(codes),
+    )
+
+
+def _kind(layer: fx.Node) -> str:
+    if not is_op(layer.args[0], _OURS.fake_quantize.default):
+        return "weight_only"
+    return "static" if _output_is_quantized(layer) else "dynamic"
 
 
 def _output_is_quantized(node: fx.Node) -> bool:
@@ -126,8 +157,10 @@ def _linear_again(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
 
 
-def _fold(graph_module: fx.GraphModule, layer: fx.Node, index: int) -> None:
-    """Replace a dequantised argument of a layer by its floats."""
+def _fold(
+    graph_module: fx.GraphModule, layer: fx.Node, index: int
+) -> tuple[Tensor, Tensor, int]:
+    """Replace a dequantised argument of a layer by its floats; its codes, scale and bits."""
     source = layer.args[index]
     assert isinstance(source, fx.Node)
     codes, scale = (constant(graph_module, arg) for arg in source.args[:2])
@@ -136,18 +169,21 @@ def _fold(graph_module: fx.GraphModule, layer: fx.Node, index: int) -> None:
     value = _OURS.dequantize.default(codes, scale, *source.args[2:])
     new = add_tensor(graph_module, f"{layer.name}_float_{index}", value, layer)
     layer.update_arg(index, new)
+    bits = source.args[3]
+    assert isinstance(bits, int)
+    return codes, scale, bits
 
 
-def _choose_input_grid(graph_module: fx.GraphModule, layer: fx.Node) -> None:
-    """Let a linear layer quantise its input when it runs, each row with a grid of its own.
-
-    An 8-bit grid of the graph would only be a second rounding and goes; a narrower one stays.
-    """
+def _drop_input_grid(layer: fx.Node) -> None:
     source = layer.args[0]
     assert isinstance(source, fx.Node)
     if source.args[3] == 8:
-        source = source.args[0]
-        assert isinstance(source, fx.Node)
+        layer.update_arg(0, source.args[0])
+
+
+def _choose_input_grid(graph_module: fx.GraphModule, layer: fx.Node) -> None:
+    """Let a layer quantise its input when it runs, each row with a grid of its own."""
+    source = layer.args[0]
     graph = graph_module.graph
     with graph.inserting_before(layer):
         chosen = graph.call_function(

@@ -42,6 +42,14 @@ class CpuExecutorch(IsolatedTarget):
     formats: tuple[str, ...] = ("pte",)
     environment: str = "executorch"
 
+    def import_inside(self) -> None:
+        """Import torch and the runtime."""
+        _quiet()
+        import executorch.runtime
+        import torch  # noqa: F401
+
+        executorch.runtime.Runtime.get()
+
     def runtime_inside(self) -> str:
         """Name, version and float precision."""
         return f"executorch {version('executorch')} with XNNPACK, float32"

@@ -15,7 +15,7 @@ import numpy as np
 from deploykit.errors import MeasurementError, UsageError
 from deploykit.targets.environments import here, missing
 from deploykit.targets.host import Guest, call, guest_command
-from deploykit.targets.registry import FloatArray, Runner
+from deploykit.targets.registry import FloatArray, Runner, one_line
 
 __all__ = ["IsolatedTarget", "one_by_one"]
 
@@ -32,8 +32,17 @@ class IsolatedTarget:
     environment: str
 
     def available(self) -> str | None:
-        """None, or that the environment is not there and the command that makes it."""
-        return missing(self.environment)
+        """None, or that the environment is not there and the command that makes it.
+
+        Where the runtime is, it is imported, so that loading a file is timed without that.
+        """
+        reason = missing(self.environment)
+        if reason is None and here(self.environment):
+            try:
+                self.import_inside()
+            except ImportError as error:
+                return f"the runtime of {self.name} cannot be imported: {one_line(error)}"
+        return reason
 
     def runtime(self) -> str:
         """Name, version and float precision."""
@@ -78,6 +87,10 @@ class IsolatedTarget:
     def worker_command(self, module: str) -> tuple[str, ...]:
         """The argument list that runs one of our modules where the runtime is."""
         return guest_command(self.environment, module)
+
+    def import_inside(self) -> None:
+        """Import what ``load`` needs, in the environment."""
+        raise NotImplementedError
 
     def runtime_inside(self) -> str:
         """``runtime``, in the environment."""
