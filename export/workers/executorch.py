@@ -24,16 +24,12 @@ def write(program: str, path: str) -> dict[str, int]:
     logging.disable(logging.WARNING)
     import torch
     import torch.ao.quantization.fx._decomposed  # the operators in the archive
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-        XnnpackDynamicallyQuantizedPartitioner,
-        XnnpackPartitioner,
-    )
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     edge = to_edge_transform_and_lower(
         torch.export.load(program),
-        # a dynamic layer must be taken before its parts are
-        partitioner=[XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()],
+        partitioner=[XnnpackPartitioner()],
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     layers = _count(edge.exported_program().graph_module)
