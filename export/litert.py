@@ -54,7 +54,7 @@ class LitertExporter:
                 program=str(program),
                 path=str(path.absolute()),
                 codes=str(codes),
-                kinds=[(weight.bits, weight.kind) for weight in lowered.codes],
+                kinds=[(one.bits, one.kind, one.keeps_grid) for one in lowered.codes],
             )
         return Exported(
             precision=source.precision,

@@ -40,12 +40,14 @@ class WeightCodes:
         scale: float32 (out,); the graph's floats are ``codes * scale``.
         bits: width of the codes.
         kind: of the layer: ``static``, ``dynamic`` or ``weight_only``.
+        keeps_grid: a dynamic layer's input is narrower than 8 bits and must stay on its grid.
     """
 
     codes: Tensor
     scale: Tensor
     bits: int
     kind: str
+    keeps_grid: bool
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ def lower_plainly(graph_module: fx.GraphModule, *, codes_in_graph: bool) -> Lowe
 
     Mobile runtimes' integer layers write integers, so a layer whose output has no grid can't run
     on the graph's grid. A linear layer of that kind chooses its input's grid when it runs, row
-    by row at 8 bits; an 8-bit grid of the graph would only be a second rounding and goes.
+    by row at 8 bits; an 8-bit grid of the graph would only be a second rounding and should go.
 
     Args:
         codes_in_graph: True keeps the weights of static layers and dynamic linear layers as
             codes behind a dequantise operator, and makes the others floats; False makes all of
-            them floats, for a converter that is told the codes afterwards.
+            them floats, and keeps all grids, for a converter that is told the codes afterwards.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own pytree warns about itself when copied
@@ -93,12 +95,11 @@ def lower_plainly(graph_module: fx.GraphModule, *, codes_in_graph: bool) -> Lowe
         kind = _kind(node)
         found[kind].append(node.name)
         chooses = kind == "dynamic" and is_op(node, aten.linear.default)
-        if chooses:
-            _drop_input_grid(node)
-            if codes_in_graph:
-                _choose_input_grid(graph_module, node)
-        if not (codes_in_graph and (chooses or kind == "static")):
-            codes.append(WeightCodes(*_fold(graph_module, node, 1), kind))
+        keeps = kind == "dynamic" and node.args[0].args[3] < 8
+        if codes_in_graph and chooses:
+            _choose_input_grid(graph_module, node, keeps)
+        elif not codes_in_graph or kind != "static":
+            codes.append(WeightCodes(*_fold(graph_module, node, 1), kind, keeps))
     for node in list(graph_module.graph.nodes):
         rewrite = _REWRITES.get(node.target) if node.op == "call_function" else None
         if rewrite is not None:
@@ -157,9 +158,7 @@ def _linear_again(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
 
 
-def _fold(
-    graph_module: fx.GraphModule, layer: fx.Node, index: int
-) -> tuple[Tensor, Tensor, int]:
+def _fold(graph_module: fx.GraphModule, layer: fx.Node, index: int) -> tuple[Tensor, Tensor, int]:
     """Replace a dequantised argument of a layer by its floats; its codes, scale and bits."""
     source = layer.args[index]
     assert isinstance(source, fx.Node)
@@ -174,16 +173,12 @@ def _fold(
     return codes, scale, bits
 
 
-def _drop_input_grid(layer: fx.Node) -> None:
-    source = layer.args[0]
-    assert isinstance(source, fx.Node)
-    if source.args[3] == 8:
-        layer.update_arg(0, source.args[0])
-
-
-def _choose_input_grid(graph_module: fx.GraphModule, layer: fx.Node) -> None:
+def _choose_input_grid(graph_module: fx.GraphModule, layer: fx.Node, keeps_grid: bool) -> None:
     """Let a layer quantise its input when it runs, each row with a grid of its own."""
     source = layer.args[0]
+    assert isinstance(source, fx.Node)
+    if not keeps_grid:
+        source = source.args[0]
     graph = graph_module.graph
     with graph.inserting_before(layer):
         chosen = graph.call_function(

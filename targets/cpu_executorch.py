@@ -121,7 +121,9 @@ def _xnnpack_graph(payload: bytes) -> dict[str, Any]:
         place = Path(folder)
         (place / "schema.fbs").write_bytes(xnnpack._get_schema_bytes())
         (place / "graph.bin").write_bytes(payload[begin : begin + header.flatbuffer_size])
-        _flatc_decompile(folder, str(place / "schema.fbs"), str(place / "graph.bin"), ["--raw-binary"])
+        _flatc_decompile(
+            folder, str(place / "schema.fbs"), str(place / "graph.bin"), ["--raw-binary"]
+        )
         text = (place / "graph.json").read_text(encoding="utf-8")
     graph = json.loads(re.sub(r":\s*(-?)inf\b", r": \1Infinity", text))
     assert isinstance(graph, dict)

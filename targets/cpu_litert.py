@@ -15,7 +15,9 @@ from deploykit.targets.registry import FloatArray, Runner, one_line, register_ta
 
 __all__ = ["CpuLitert"]
 
-_PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
+# BuiltinOperator and TensorType of TensorFlow's schema.fbs
+_PRODUCTS = {3: "Conv", 4: "DepthwiseConv", 9: "FullyConnected", 126: "BatchMatMul"}
+_INT8, _INT4 = 9, 17
 
 
 @register_target("cpu-litert")
@@ -42,13 +44,18 @@ class CpuLitert(IsolatedTarget):
 
         ``int8 dynamic`` and ``int4 dynamic`` layers choose their input's grid when they run.
         """
-        interpreter = _interpreter(path, 1, plain=True)
-        types = {one["index"]: np.dtype(one["dtype"]) for one in interpreter.get_tensor_details()}
+        from ai_edge_litert.tools import flatbuffer_utils
+
+        model = flatbuffer_utils.read_model(path)
         counts: Counter[str] = Counter()
-        for operator in interpreter._get_ops_details():
-            if operator["op_name"] in _PRODUCTS:
-                source, weight = (types[index] for index in operator["inputs"][:2])
-                counts[f"{_precision(source, weight)} {operator['op_name']}"] += 1
+        for graph in model.subgraphs:
+            types = [tensor.type for tensor in graph.tensors]
+            for operator in graph.operators:
+                entry = model.operatorCodes[operator.opcodeIndex]
+                name = _PRODUCTS.get(max(entry.builtinCode, entry.deprecatedBuiltinCode))
+                if name is not None:
+                    source, weight = (types[index] for index in operator.inputs[:2])
+                    counts[f"{_precision(source, weight)} {name}"] += 1
         return dict(counts)
 
     def load_inside(self, path: Path, threads: int) -> Runner:
@@ -73,23 +80,16 @@ class CpuLitert(IsolatedTarget):
         return one_by_one(run)
 
 
-def _precision(source: np.dtype[Any], weight: np.dtype[Any]) -> str:
-    if weight == np.float32:
-        return "float"
-    bits = f"int{weight.itemsize * 8}" if weight == np.int8 else "int4"
-    return bits if source == np.int8 else f"{bits} dynamic"
+def _precision(source: int, weight: int) -> str:
+    bits = {_INT8: "int8", _INT4: "int4"}.get(weight, "float")
+    return bits if bits == "float" or source == _INT8 else f"{bits} dynamic"
 
 
-def _interpreter(path: Path, threads: int, plain: bool = False) -> Any:
-    """A ready interpreter; a plain one has no delegate and shows every operator."""
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+def _interpreter(path: Path, threads: int) -> Any:
+    from ai_edge_litert.interpreter import Interpreter
 
-    kinds = OpResolverType
-    resolver = kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES if plain else kinds.AUTO
     try:
-        interpreter = Interpreter(
-            model_path=str(path), num_threads=threads, experimental_op_resolver_type=resolver
-        )
+        interpreter = Interpreter(model_path=str(path), num_threads=threads)
         interpreter.allocate_tensors()
     except (RuntimeError, ValueError) as error:
         message = f"{path}: litert cannot load it: {one_line(error)}"

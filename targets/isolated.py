@@ -9,6 +9,7 @@ lies inside a timed call.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,7 +105,7 @@ class IsolatedTarget:
         """``load``, in the environment."""
         raise NotImplementedError
 
-    def _call(self, what: str, **arguments: str) -> object:
+    def _call(self, what: str, **arguments: str) -> Any:
         function = f"{__name__}:ask_target_{what}"
         return call(self.environment, function, _LOAD_SECONDS, target=self.name, **arguments)
 

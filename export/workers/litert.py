@@ -13,13 +13,16 @@ from deploykit.export.workers.tflite_codes import Weight, put_codes
 __all__ = ["write"]
 
 
-def write(program: str, path: str, codes: str, kinds: list[tuple[int, str]]) -> dict[str, int]:
+def write(
+    program: str, path: str, codes: str, kinds: list[tuple[int, str, bool]]
+) -> dict[str, int]:
     """Convert the archive at ``program``, put the codes in, and write ``path``.
 
     Args:
         codes: a ``.npz`` file with ``codes0``, ``scale0``, ``codes1`` … of the weights that the
             archive holds as floats.
-        kinds: of each of them: the width of its codes, and its layer's kind.
+        kinds: of each of them: the width of its codes, its layer's kind, and whether that layer
+            must keep its input's grid.
 
     Returns:
         Layers by what computes them, see ``put_codes``.
@@ -37,8 +40,8 @@ def write(program: str, path: str, codes: str, kinds: list[tuple[int, str]]) -> 
     converted.export(path)
     with np.load(codes, allow_pickle=False) as stored:
         weights = [
-            Weight(stored[f"codes{i}"], stored[f"scale{i}"], bits, kind)
-            for i, (bits, kind) in enumerate(kinds)
+            Weight(stored[f"codes{i}"], stored[f"scale{i}"], *facts)
+            for i, facts in enumerate(kinds)
         ]
     model = flatbuffer_utils.read_model(path)
     counts = put_codes(model, weights)

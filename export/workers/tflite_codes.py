@@ -26,7 +26,7 @@ __all__ = ["Weight", "put_codes"]
 
 _MOST_CODES = 127
 _FLOAT, _INT32, _INT8, _INT4 = 0, 2, 9, 17  # TensorType
-_PAD, _RESHAPE, _TRANSPOSE = 34, 22, 39  # BuiltinOperator
+_PAD, _RESHAPE, _TRANSPOSE = 34, 22, 39  # BuiltinOperator, as are the rest
 _MOVES = (_PAD, _RESHAPE, _TRANSPOSE)
 _QUANTIZE, _DEQUANTIZE = 114, 6
 _CONV, _DEPTHWISE, _FULLY_CONNECTED = 3, 4, 9
@@ -42,6 +42,7 @@ class Weight:
     scale: NDArray[np.float32]
     bits: int
     kind: str
+    keeps_grid: bool
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def put_codes(model: Any, weights: Iterable[Weight]) -> Counter[str]:
 def _layouts(weight: Weight) -> Iterable[tuple[bytes, _Stored]]:
     """The weight as a TFLite layer may hold it: (out, …, in), or (1, …, out) if depthwise."""
     codes = weight.codes
-    orders = [tuple(range(codes.ndim))]
+    orders: list[tuple[int, ...]] = [tuple(range(codes.ndim))]
     if codes.ndim == 4:
         orders = [(0, 2, 3, 1)] + ([(1, 2, 3, 0)] if codes.shape[1] == 1 else [])
     scale = weight.scale.reshape(-1, *[1] * (codes.ndim - 1))
@@ -147,6 +148,8 @@ class _Editor:
 
     def make_dynamic(self, operator: Any, stored: _Stored) -> None:
         """Integer weight, float input and output: the kernel quantises each row of the input."""
+        if not stored.weight.keeps_grid:
+            self._drop_grid(operator)
         narrow = stored.weight.bits <= 4
         operator.inputs[1] = self._weight(operator, stored, _INT4 if narrow else _INT8)
         operator.builtinOptions.asymmetricQuantizeInputs = True
@@ -195,6 +198,26 @@ class _Editor:
         if found is not None:
             self._as_codes[tensor] = found
         return found
+
+    def _drop_grid(self, operator: Any) -> None:
+        """Read what lies before QUANTIZE, DEQUANTIZE and moves that nothing else needs.
+
+        The pair was of use until now: it kept the converter from merging what comes before the
+        layer into its weight.
+        """
+        while True:
+            tensor = operator.inputs[0]
+            producer = self._producer.get(tensor)
+            if producer is None:
+                return
+            if self.code(producer) == _DEQUANTIZE:
+                quantize = self._producer.get(producer.inputs[0])
+                if quantize is not None and self.code(quantize) == _QUANTIZE:
+                    operator.inputs[0] = quantize.inputs[0]
+                return
+            if self.code(producer) not in _MOVES or len(self._readers[tensor]) != 1:
+                return
+            operator = producer
 
     def _move_codes(self, move: Any, source: int, tensor: int) -> int:
         """The same move on integers, beside the one on floats (which may have other readers)."""
