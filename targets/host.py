@@ -126,18 +126,18 @@ class Guest:
         try:
             answer = self._answers.get(timeout=timeout)
         except queue.Empty:
-            answer = f"{self._who} gave no answer for {timeout:g} s and was ended"
+            answer = f"gave no answer for {timeout:g} s and was ended"
         except BaseException:  # an interrupt: its answer would be taken for the next request's
             self.close()
             raise
-        if answer is None:
-            answer = obituary(self._child, self._stderr, self._who)
-        elif isinstance(answer, tuple):
+        if isinstance(answer, tuple):
             return self._checked(*answer)
+        if answer is None:
+            message = obituary(self._child, self._stderr, self._who)
         else:
-            answer = answer.replace("the process", self._who, 1) if answer[:3] == "the" else answer
+            message = f"{self._who} {answer}"
         self.close()
-        raise DeploykitError(answer)
+        raise DeploykitError(message)
 
     def _checked(
         self, header: dict[str, Any], body: bytes
@@ -149,7 +149,7 @@ class Guest:
             return header, None
         try:
             return header, unpack(body)
-        except ValueError as error:
+        except Exception as error:  # any: the bytes may be anything
             self.close()
             message = f"{self._who} sent an array that cannot be read"
             raise DeploykitError(message) from error
@@ -185,10 +185,10 @@ def _read(pipe: IO[bytes], answers: queue.Queue[_Message | str | None]) -> None:
                 header = json.loads(line)
                 size = int(header.get("bytes", 0))
             except (ValueError, TypeError, AttributeError):
-                answers.put(f"the process sent something unreadable: {line[:80]!r}")
+                answers.put(f"sent something unreadable: {line[:80]!r}")
                 return
             if not 0 <= size <= _MOST_BYTES:
-                answers.put(f"the process announced an answer of {size} bytes")
+                answers.put(f"announced an answer of {size} bytes")
                 return
             body = pipe.read(size)
             if len(body) == size:
