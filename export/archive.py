@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import fx
 from deploykit.errors import DeploykitError
 from deploykit.types import Backbone
 
-__all__ = ["archived"]
+__all__ = ["archived", "removed_on_error"]
 
 
 @contextlib.contextmanager
@@ -37,3 +38,16 @@ def archived(graph_module: fx.GraphModule, backbone: Backbone) -> Iterator[Path]
             message = f"{backbone.name} can't be handed on: {text.splitlines()[0]}"
             raise DeploykitError(message) from error
         yield path
+
+
+@contextlib.contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """Leave no half-made file or folder behind."""
+    try:
+        yield
+    except BaseException:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        raise

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deploykit.export.archive import archived
+from deploykit.export.archive import archived, removed_on_error
 from deploykit.export.plain_lowering import Lowered, lower_plainly
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.targets.environments import missing
@@ -39,7 +39,7 @@ class ExecutorchExporter:
             DeploykitError: ExecuTorch can't lower the graph.
         """
         lowered = lower_plainly(source.graph_module, codes_in_graph=True)
-        with archived(lowered.graph_module, source.backbone) as program:
+        with removed_on_error(path), archived(lowered.graph_module, source.backbone) as program:
             layers = call(
                 "executorch",
                 "deploykit.export.workers.executorch:write",

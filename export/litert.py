@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploykit.export.archive import archived
+from deploykit.export.archive import archived, removed_on_error
 from deploykit.export.plain_lowering import Lowered, lower_plainly
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.targets.environments import missing
@@ -40,7 +40,7 @@ class LitertExporter:
             DeploykitError: LiteRT can't convert the graph or run what came of it.
         """
         lowered = lower_plainly(source.graph_module, codes_in_graph=False)
-        with archived(lowered.graph_module, source.backbone) as program:
+        with removed_on_error(path), archived(lowered.graph_module, source.backbone) as program:
             codes = program.with_name("codes.npz")
             arrays = {}
             for index, weight in enumerate(lowered.codes):

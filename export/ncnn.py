@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deploykit.errors import DeploykitError
-from deploykit.export.archive import archived
+from deploykit.export.archive import archived, removed_on_error
 from deploykit.export.plain_lowering import lower_plainly
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.graph.edit import is_op
@@ -63,7 +62,7 @@ class NcnnExporter:
             raise DeploykitError(message)
         lowered = lower_plainly(source.graph_module, codes_in_graph=False)
         half = source.precision == "fp16"
-        with archived(lowered.graph_module, source.backbone) as program:
+        with removed_on_error(path), archived(lowered.graph_module, source.backbone) as program:
             layers = call(
                 "ncnn",
                 "deploykit.export.workers.ncnn:write",
@@ -72,11 +71,7 @@ class NcnnExporter:
                 path=str(path.absolute()),
                 half=half,
             )
-        try:
             self._check(source, path)
-        except DeploykitError:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
         notes = ["takes one image at a time"]
         if lowered.weight_only:
             notes.append(f"weights of {len(lowered.weight_only)} layers became floats")

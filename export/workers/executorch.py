@@ -27,15 +27,30 @@ def write(program: str, path: str) -> dict[str, int]:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
+    exported = torch.export.load(program)
     edge = to_edge_transform_and_lower(
-        torch.export.load(program),
+        exported,
         partitioner=[XnnpackPartitioner()],
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     layers = _count(edge.exported_program().graph_module)
     with Path(path).open("wb") as file:
         edge.to_executorch().write_to_file(file)
+    _try(path, exported.example_inputs[0])
     return layers
+
+
+def _try(path: str, example: Any) -> None:
+    """Load and run the file once: an operator that the runtime lacks shows only then."""
+    from executorch.runtime import Runtime, Verification
+
+    program = Runtime.get().load_program(path, verification=Verification.Minimal)
+    try:
+        program.load_method("forward").execute(example)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        message = f"the runtime lacks an operator, or fails on an image: {text}"
+        raise ValueError(message) from error
 
 
 def _count(graph_module: Any) -> dict[str, int]:

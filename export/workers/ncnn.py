@@ -38,11 +38,11 @@ def write(program: str, path: str, half: bool) -> dict[str, int]:
         traced.save(str(script))
         _convert(script, list(example.shape), half)
         layers = _layers(script.with_name("graph.ncnn.param").read_text(encoding="utf-8"))
+        _check_layers(layers)
         place = Path(path)
         place.mkdir()
         shutil.copyfile(script.with_name("graph.ncnn.param"), place / PARAM)
         shutil.copyfile(script.with_name("graph.ncnn.bin"), place / WEIGHTS)
-    _check_layers(layers)
     weighted = [kind for kind in layers if kind.startswith(("Convolution", "InnerProduct"))]
     return {"float": len(weighted) + layers.count("Gemm") + layers.count("MatMul")}
 
