@@ -28,6 +28,7 @@ from deploykit.targets.serving import pack, unpack
 __all__ = ["Guest", "call", "guest_command"]
 
 _PACKAGES = ("deploykit", "deploykit.targets", "deploykit.export")
+_GRACE_SECONDS = 2.0
 _MOST_BYTES = 2**31  # of one answer: more is nonsense
 _ERRORS: dict[str, type[DeploykitError]] = {
     error.__name__: error for error in (MeasurementError, TargetMissingError, UsageError)
@@ -133,11 +134,27 @@ class Guest:
         if isinstance(answer, tuple):
             return self._checked(*answer)
         if answer is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(_GRACE_SECONDS)  # it may have closed its output and live on
+            self._child.kill()
             message = obituary(self._child, self._stderr, self._who)
         else:
             message = f"{self._who} {answer}"
         self.close()
         raise DeploykitError(message)
+
+    def ask_for(self, key: str, request: Mapping[str, Any], *, timeout: float) -> Any:
+        """One value of its answer.
+
+        Raises:
+            DeploykitError: as ``ask``, and when the answer lacks the value.
+        """
+        header, _ = self.ask(request, timeout=timeout)
+        if key not in header:
+            self.close()
+            message = f"{self._who} sent an answer without a {key}"
+            raise DeploykitError(message)
+        return header[key]
 
     def _checked(
         self, header: dict[str, Any], body: bytes
@@ -167,7 +184,7 @@ def call(environment: str, function: str, timeout: float, **arguments: Any) -> A
     command = guest_command(environment, "deploykit.targets.serving")
     request = {"do": "call", "function": function, "arguments": arguments}
     with Guest(environment, command) as guest:
-        return guest.ask(request, timeout=timeout)[0]["result"]
+        return guest.ask_for("result", request, timeout=timeout)
 
 
 def _write(pipe: IO[bytes], message: bytes) -> None:

@@ -79,7 +79,7 @@ class IsolatedTarget:
             "threads": threads,
         }
         try:
-            runner = guest.ask(request, timeout=_LOAD_SECONDS)[0]["runner"]
+            runner = guest.ask_for("runner", request, timeout=_LOAD_SECONDS)
         except BaseException:
             guest.close()
             raise

@@ -208,6 +208,8 @@ BAD = {
     "import sys; sys.exit('libncnn.so is broken')": "died (exit code 1): libncnn.so is broken",
     "import os; os.kill(os.getpid(), 11)": "the process of ncnn died (SIGSEGV)",
     "print('Segment 7 loaded')": "the process of ncnn sent something unreadable: b'Segment 7",
+    "print('{}')": "the process of ncnn sent an answer without a result",
+    "import os, time; os.close(1); time.sleep(600)": "the process of ncnn died (SIGKILL",
     "print('[1, 2]')": "sent something unreadable",
     "print('{\"bytes\": -5}')": "announced an answer of -5 bytes",
     "print('{\"bytes\": 99999999999}')": "announced an answer of 99999999999 bytes",
@@ -221,7 +223,7 @@ BAD = {
 def test_a_guest_that_misbehaves_is_one_line(text: str, tmp_path: Path) -> None:
     guest = Guest("ncnn", script(tmp_path, f"import sys; sys.stdin.readline()\n{text}"))
     with pytest.raises(DeploykitError) as caught:
-        guest.ask({"do": "call"}, timeout=60)
+        guest.ask_for("result", {"do": "call"}, timeout=60)
     assert BAD[text] in str(caught.value)
     assert "\n" not in str(caught.value)
     assert guest._child.poll() is not None, "the process must be gone"
