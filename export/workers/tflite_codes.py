@@ -88,7 +88,9 @@ def _layouts(weight: Weight) -> Iterable[tuple[bytes, _Stored]]:
     codes = weight.codes
     orders: list[tuple[int, ...]] = [tuple(range(codes.ndim))]
     if codes.ndim == 4:
-        orders = [(0, 2, 3, 1)] + ([(1, 2, 3, 0)] if codes.shape[1] == 1 else [])
+        orders = [(0, 2, 3, 1)]
+        if codes.shape[1] == 1:
+            orders.append((1, 2, 3, 0))
     scale = weight.scale.reshape(-1, *[1] * (codes.ndim - 1))
     values = codes.astype(np.float32) * scale
     for order in orders:
