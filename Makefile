@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python -m
 BOOTSTRAP := $(PYTHON) scripts/bootstrap.py --venv $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test test-slow test-real lint format clean
+.PHONY: help setup setup-test demo test test-slow test-mobile test-real lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,10 +15,13 @@ demo: setup ## compress a small model and show what it gained (out/demo/report.h
 	$(VENV)/bin/deploykit compress --recipe examples/fashion_mnist/demo.yaml -o out/demo --overwrite
 
 test: lint ## lint, types and the fast tests
-	$(RUN) pytest -m "not slow and not realdata"
+	$(RUN) pytest -m "not slow and not mobile and not realdata"
 
 test-slow: setup-test ## the tests that take minutes
-	$(RUN) pytest -m slow
+	$(RUN) pytest -m "slow and not mobile"
+
+test-mobile: setup-test ## the tests of mobile runtimes whose environments are there
+	$(RUN) pytest -m mobile
 
 test-real: setup-test ## the tests on real images and weights (DEPLOYKIT_REAL_DATA=folder)
 	@test -d "$(DEPLOYKIT_REAL_DATA)" || { \

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from deploykit.errors import DeploykitError, MeasurementError, TargetMissingError, UsageError
 
-__all__ = ["WORKER", "ask"]
+__all__ = ["WORKER", "ask", "obituary"]
 
 # -P: a json.py in the user's folder must not become the worker's json
 WORKER = (sys.executable, "-P", "-m", "deploykit.targets.worker")
@@ -106,7 +106,7 @@ def _listen(
             message = f"the measuring process was silent for {silence_seconds:g} s and was ended"
             raise MeasurementError(message) from None
         if line is None:
-            raise MeasurementError(_obituary(child, stderr))
+            raise MeasurementError(obituary(child, stderr, "the measuring process"))
         event = _parse(line)
         kind = event.pop("event")
         if kind == "result":
@@ -129,7 +129,8 @@ def _parse(line: bytes) -> dict[str, Any]:
     return event
 
 
-def _obituary(child: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
+def obituary(child: subprocess.Popen[bytes], stderr: IO[bytes], who: str) -> str:
+    """One line: how a process that is at its end died, and the last line it said."""
     code = child.wait()
     how = f"exit code {code}"
     if code < 0:
@@ -142,4 +143,4 @@ def _obituary(child: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
     stderr.seek(0)
     said = stderr.read()[-4000:].decode(errors="replace").strip().splitlines()
     last = f": {said[-1].strip()[:300]}" if said else ""
-    return f"the measuring process died ({how}){last}"
+    return f"{who} died ({how}){last}"

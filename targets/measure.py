@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploykit.errors import MeasurementError, TargetMissingError, UsageError
-from deploykit.targets.child import ask
+from deploykit.targets.child import WORKER, ask
 from deploykit.targets.device import allowed_cores, pick_cores
 from deploykit.targets.registry import get_target
 from deploykit.types import Measurement
@@ -75,6 +75,9 @@ def measure(
     reason = chosen.available()
     if reason is not None:
         raise TargetMissingError(reason)
+    # a runtime with an environment of its own is measured by a process there
+    elsewhere = getattr(chosen, "worker_command", None)
+    command = WORKER if elsewhere is None else elsewhere("deploykit.targets.worker")
     report = progress or _unheard
     request: dict[str, Any] = {
         "mode": "time",
@@ -95,13 +98,14 @@ def measure(
         request,
         progress=lambda fraction, text: report(_TIMING_SHARE * fraction, text),
         silence_seconds=silence_seconds,
+        command=command,
     )
     memory = []
     for index, (name, _, _) in enumerate(artifacts):
         done = _TIMING_SHARE + (1 - _TIMING_SHARE) * index / len(artifacts)
         report(done, f"peak memory of {name}")
         alone = {**request, "mode": "memory", "artifacts": [request["artifacts"][index]]}
-        memory.append(ask(alone, silence_seconds=silence_seconds))
+        memory.append(ask(alone, silence_seconds=silence_seconds, command=command))
     report(1.0, "measured")
     return _assemble(target, artifacts, batch, timed, memory)
 
