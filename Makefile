@@ -15,7 +15,7 @@ demo: setup ## compress a small model and show what it gained (out/demo/report.h
 	$(VENV)/bin/deploykit compress --recipe examples/fashion_mnist/demo.yaml -o out/demo --overwrite
 
 test: lint ## lint, types and the fast tests
-	$(RUN) pytest -m "not slow and not mobile and not realdata"
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto -m "not slow and not mobile and not realdata"
 
 test-slow: setup-test ## the tests that take minutes
 	$(RUN) pytest -m "slow and not mobile"
