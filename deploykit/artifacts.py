@@ -24,14 +24,14 @@ __all__ = ["ArtifactWriter", "chosen_exporters", "chosen_targets", "loadable", "
 _STEMS = {"original": "original", "compressed": "model"}
 
 
-def chosen_targets(recipe: Recipe) -> list[Target]:
-    """The recipe's targets, all usable here.
+def chosen_targets(names: Iterable[str]) -> list[Target]:
+    """The targets of these names, all usable here.
 
     Raises:
         UsageError: there is no target of a name.
         TargetMissingError: a target's runtime or device isn't there.
     """
-    targets = [get_target(name) for name in recipe.targets]
+    targets = [get_target(name) for name in names]
     for target in targets:
         if (reason := target.available()) is not None:
             raise TargetMissingError(f"target {target.name}: {reason}")

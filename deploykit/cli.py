@@ -218,6 +218,27 @@ def check(
     return 0
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Output folder of a finished run.")],
+    targets: Annotated[
+        str | None, typer.Option(help="Targets, comma separated.", show_default="all that can")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Images; synthetic without.")] = None,
+    images: Annotated[int, typer.Option(min=2, help="How many of them.")] = 32,
+    as_json: Json = False,
+) -> int:
+    """Compare a run's files with the graph saved beside them, once more, on this machine."""
+    from deploykit.recheck import verify_folder
+    from deploykit.tables import parity_table
+
+    rows = verify_folder(folder, listed(targets), data, images)
+    Console(stderr=as_json, highlight=False).print(parity_table(rows))
+    if as_json:
+        print_json(json.dumps([row.model_dump(mode="json") for row in rows]))
+    return ExitCode.OK if all(row.passed for row in rows) else ExitCode.PARITY
+
+
 @app.command("report")
 def report_(
     source: Annotated[Path, typer.Argument(help="report.json, or its folder.")],

@@ -21,7 +21,6 @@ from deploykit.artifacts import (
 )
 from deploykit.backbones.build import build_backbone
 from deploykit.backbones.inspection import count_macs
-from deploykit.data import ImageSet, open_dataset
 from deploykit.environment import environment, version
 from deploykit.errors import DeploykitError, UsageError
 from deploykit.export.onnx import onnx_bytes
@@ -30,7 +29,7 @@ from deploykit.export.structure import STRUCTURE_NAME, TENSORS_NAME, model_bytes
 from deploykit.fsio import ensure_directory
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.quantized import FLOAT, QuantizedModel
-from deploykit.images import Images, calibration_images, verification_images
+from deploykit.inputs import Inputs
 from deploykit.progress import Reporter
 from deploykit.prune.semi_structured import sparsify_2_4
 from deploykit.quant.cache import TensorCache
@@ -83,12 +82,12 @@ def run(
             unless it can be resumed.
     """
     started, clock = datetime.now(UTC), time.monotonic()
-    targets = chosen_targets(recipe)
+    targets = chosen_targets(recipe.targets)
     exporters = chosen_exporters(recipe, targets)
     if recipe.quantize.uses_nncf:
         import_nncf()
     backbone, notes = build_backbone(recipe.model, recipe.seed)
-    inputs = _Inputs(recipe, backbone)
+    inputs = Inputs(recipe, backbone)
     for note in [*notes, *inputs.notes]:
         reporter.note(note)
 
@@ -106,42 +105,6 @@ def run(
     return report
 
 
-class _Inputs:
-    """The images of a run, opened before anything is written, so bad data fails early."""
-
-    def __init__(self, recipe: Recipe, backbone: Backbone) -> None:
-        self.notes: list[str] = []
-        if recipe.gates.max_drop is not None and not backbone.weights.trained:
-            message = (
-                "max-drop needs trained weights, but this run has none "
-                f"({backbone.weights.source}); give --weights FILE or leave the limit out"
-            )
-            raise UsageError(message)
-        section = recipe.calibration
-        self.calibration: Images = calibration_images(
-            section.data, backbone, section.images, recipe.seed
-        )
-        if section.data is None:
-            self.notes.append(
-                "no calibration images given: using synthetic ones; give --calib DIR for real use"
-            )
-        self.evaluation: ImageSet | None = None
-        if recipe.evaluation.data is not None and backbone.weights.trained:
-            self.evaluation = open_dataset(
-                recipe.evaluation.data,
-                backbone.preprocessing,
-                labelled=True,
-                num_classes=backbone.num_classes,
-                limit=recipe.evaluation.images,
-                seed=recipe.seed,
-            )
-        elif recipe.evaluation.data is not None:
-            self.notes.append("accuracy refused: the weights are untrained")
-        self.verification: Images = verification_images(
-            self.evaluation, self.calibration, recipe.verify.images
-        )
-
-
 @dataclass
 class _Job:
     """One run past its input checks. Each property is a step, done once, when first needed."""
@@ -149,7 +112,7 @@ class _Job:
     recipe: Recipe
     recipe_text: str
     backbone: Backbone
-    inputs: _Inputs
+    inputs: Inputs
     workspace: Workspace
     reporter: Reporter
     targets: list[Target]

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from deploykit.backbones.inspection import Inspection
 from deploykit.backbones.registry import BackboneSpec
-from deploykit.types import GateResult
+from deploykit.types import GateResult, ParityRow
 
-__all__ = ["backbones_table", "doctor_table", "gates_table", "print_inspection"]
+__all__ = ["backbones_table", "doctor_table", "gates_table", "parity_table", "print_inspection"]
 
 
 def _table(*columns: str, right: Iterable[str] = ()) -> Table:
@@ -35,6 +35,25 @@ def backbones_table(specs: Sequence[BackboneSpec]) -> Table:
             "" if spec.params_m is None else f"{spec.params_m:g}",
             "" if spec.input is None else str(spec.input),
             spec.licence or "",
+        )
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def parity_table(rows: Sequence[ParityRow]) -> Table:
+    """Every comparison of a file with its graph."""
+    table = _table("file", "format", "runtime", "batch", "SQNR", "top-1", "", "wanted",
+                   right=("batch", "SQNR", "top-1"))  # fmt: skip
+    for row in rows:
+        cells = (
+            row.artifact,
+            row.format,
+            row.runtime,
+            str(row.batch),
+            f"{row.sqnr_db:.1f} dB",
+            f"{row.top1_agreement:.4g} %",
+            "ok" if row.passed else "MISSED",
+            row.tolerance,
         )
         table.add_row(*map(Text, cells))
     return table

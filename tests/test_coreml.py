@@ -38,6 +38,7 @@ from tests.coreml_models import (
     package_of,
     write,
 )
+from tests.factories import make_artifact
 from tests.graphs import SIZE, captured, images, nodes_of
 
 OPS = torch.ops.deploykit
@@ -94,7 +95,7 @@ def test_quantised_package_passes_parity(name: str, precision: str) -> None:
         return
     floats = model_of(name).graph_module(batch)
     reference = make_reference("simulation", made.graph_module, batch, floats, seed=0)
-    row = compare("package", "mil", len(batch), found, reference, "random")
+    row = compare(make_artifact(half=True), "mil", len(batch), found, reference, "random")
     assert row.passed, row
 
 

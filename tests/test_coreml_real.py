@@ -21,6 +21,7 @@ from deploykit.export.registry import Source
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.signal import sqnr_db
 from deploykit.quant.quantize import QuantizeOptions, quantize
+from tests.factories import make_artifact
 from tests.graphs import images, make_backbone, shake
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -62,7 +63,7 @@ def test_backbone(name: str, precision: str, tmp_path: Path) -> None:
     found = MilProgram(path)(batch)
     if precision == "w8a8":
         reference = make_reference("simulation", graph_module, batch, floats, seed=0)
-        row = compare(name, "mil", len(batch), found, reference, "random")
+        row = compare(make_artifact(half=True), "mil", len(batch), found, reference, "random")
         assert row.passed, row
     else:
         floor = half_floor_db(graph_module, batch)

@@ -19,6 +19,7 @@ from deploykit.targets.environments import missing
 from deploykit.targets.measure import measure
 from deploykit.targets.registry import get_target
 from deploykit.types import ParityRow
+from tests.factories import make_artifact
 from tests.graphs import batches, captured, images, tiny_cnn, tiny_vit
 
 pytestmark = pytest.mark.mobile
@@ -66,7 +67,7 @@ def exported(
     rounds = precision[0] == "w" and not precision.endswith(f"a{FLOAT}")
     float_logits = model.graph_module(x) if rounds else None
     reference = make_reference("graph", graph_module, x, float_logits, seed=0)
-    row = compare(path.name, runtime, 1, read(x), reference, "random")
+    row = compare(make_artifact(path=path), runtime, 1, read(x), reference, "random")
     return path, result, row
 
 

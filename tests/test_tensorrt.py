@@ -30,6 +30,7 @@ from deploykit.graph.signal import sqnr_db
 from deploykit.prune.semi_structured import sparsify_2_4
 from deploykit.quant.quantize import QuantizeOptions, quantize
 from deploykit.targets import nvidia
+from tests.factories import make_artifact
 from tests.graphs import batches, captured, images
 from tests.tensorrt_models import (
     EXACT,
@@ -61,7 +62,7 @@ def check_parity(model: QuantizedModel, name: str, path: Path, exporter: Tensorr
     reference = make_reference("simulation", model, pixels, float_logits if rounds else None, 0)
     for batch in (1, 8):
         logits = torch.cat([run(part) for part in pixels.split(batch)])
-        row = compare("compressed", title, batch, logits, reference, "random")
+        row = compare(make_artifact(), title, batch, logits, reference, "random")
         assert row.passed, row
 
 

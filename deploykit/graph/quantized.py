@@ -12,7 +12,7 @@ from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.de
 from deploykit.graph.edit import is_op
 from deploykit.types import Backbone, PassRecord
 
-__all__ = ["FLOAT", "LayerPlan", "QuantizedModel"]
+__all__ = ["FLOAT", "LayerPlan", "QuantizedModel", "has_activation_quantizers"]
 
 FLOAT = 16
 _OPS = torch.ops.deploykit
@@ -130,6 +130,11 @@ class QuantizedModel:
             )
             found["simulated"].append(text)
         return found
+
+
+def has_activation_quantizers(graph_module: fx.GraphModule) -> bool:
+    """Whether values are rounded while the graph runs, not only its weights before."""
+    return any(is_op(node, *_FAKE_QUANTIZE) for node in graph_module.graph.nodes)
 
 
 def _second_is(node: fx.Node, *targets: Callable[..., object]) -> bool:

@@ -1,0 +1,47 @@
+"""A run's images: to calibrate, verify and evaluate on."""
+
+from __future__ import annotations
+
+from deploykit.data import ImageSet, open_dataset
+from deploykit.errors import UsageError
+from deploykit.images import Images, calibration_images, verification_images
+from deploykit.recipe import Recipe
+from deploykit.types import Backbone
+
+__all__ = ["Inputs"]
+
+
+class Inputs:
+    """The images of a run, opened before anything is written, so bad data fails early."""
+
+    def __init__(self, recipe: Recipe, backbone: Backbone) -> None:
+        self.notes: list[str] = []
+        if recipe.gates.max_drop is not None and not backbone.weights.trained:
+            message = (
+                "max-drop needs trained weights, but this run has none "
+                f"({backbone.weights.source}); give --weights FILE or leave the limit out"
+            )
+            raise UsageError(message)
+        section = recipe.calibration
+        self.calibration: Images = calibration_images(
+            section.data, backbone, section.images, recipe.seed
+        )
+        if section.data is None:
+            self.notes.append(
+                "no calibration images given: using synthetic ones; give --calib DIR for real use"
+            )
+        self.evaluation: ImageSet | None = None
+        if recipe.evaluation.data is not None and backbone.weights.trained:
+            self.evaluation = open_dataset(
+                recipe.evaluation.data,
+                backbone.preprocessing,
+                labelled=True,
+                num_classes=backbone.num_classes,
+                limit=recipe.evaluation.images,
+                seed=recipe.seed,
+            )
+        elif recipe.evaluation.data is not None:
+            self.notes.append("accuracy refused: the weights are untrained")
+        self.verification: Images = verification_images(
+            self.evaluation, self.calibration, recipe.verify.images
+        )
