@@ -83,7 +83,7 @@ def test_the_report_says_who_quantised_which_file(compared: tuple[Path, Report])
     ours = f"deploykit {report.deploykit_version}"
     assert made_by == {"original": "", "compressed": ours, "nncf": MADE_BY}
     assert f"by {MADE_BY}" in (out / "report.html").read_text(encoding="utf-8")
-    assert f"nncf (w8a8, {MADE_BY})" in render_markdown(report)
+    assert f"nncf (w8a8, onnx, {MADE_BY})" in render_markdown(report)
     (record,) = [r for r in report.passes if r.name == "nncf.quantize"]
     assert record.details["version"] == nncf.__version__
     assert record.details["parameters"] == {
