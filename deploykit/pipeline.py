@@ -163,7 +163,7 @@ class _Job:
             lambda: images.batches(size),
             images=images.count,
             steps=self.reporter.step,
-            cache=TensorCache(folder, self.workspace.write),
+            cache=TensorCache(folder, self.workspace.write, self.workspace.work),
         )
         return replace(made, records=(record, *made.records))
 

@@ -22,17 +22,23 @@ class TensorCache:
 
     Attributes:
         write: how a file is written.
+        shared: a folder for the histograms, which several quantisations of a graph can share.
     """
 
     folder: Path
     write: Callable[[Path, bytes], None]
+    shared: Path | None = None
+
+    @property
+    def _histograms(self) -> Path:
+        return (self.shared or self.folder) / "histograms.safetensors"
 
     def histograms(self, watches: Sequence[Watch]) -> dict[Watch, Histogram] | None:
         """Those of exactly these watches, or None."""
-        return load_histograms(self.folder / "histograms.safetensors", watches)
+        return load_histograms(self._histograms, watches)
 
     def keep_histograms(self, histograms: Mapping[Watch, Histogram]) -> None:
-        self.write(self.folder / "histograms.safetensors", save_histograms(histograms))
+        self.write(self._histograms, save_histograms(histograms))
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
         """The tensors kept under a name, or None."""

@@ -23,6 +23,11 @@ from deploykit.types import Artifact
 from tests.graphs import captured, images
 from tests.test_units import HOSTS
 
+MOBILE = ("executorch", "litert", "ncnn")  # each in an environment of its own
+FORMATS = [
+    pytest.param(name, marks=pytest.mark.mobile if name in MOBILE else ())
+    for name in list_exporters()
+]
 BITS = {"fp32": None, "w8a8": (8, 8), "w4a8": (4, 8)}
 
 
@@ -49,7 +54,7 @@ def test_every_target_has_an_exporter_whose_files_it_loads(target: str) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("host", ["cnn", "vit"])
-@pytest.mark.parametrize("name", list_exporters())
+@pytest.mark.parametrize("name", FORMATS)
 def test_the_file_computes_what_the_graph_computes(
     name: str, host: str, bits: str, tmp_path: Path
 ) -> None:
