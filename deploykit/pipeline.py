@@ -241,8 +241,6 @@ class _Job:
             artifacts.append(artifact)
             records.append(record)
             warnings += [f"{name}: {line}" for line in record.details.get("warnings", [])]
-        for artifact in artifacts:
-            warnings += [f"{artifact.path.name}: {note}" for note in artifact.notes]
         return artifacts, records, warnings
 
     def _save_graph(self, model: QuantizedModel) -> None:

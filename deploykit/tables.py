@@ -53,7 +53,7 @@ def parity_table(rows: Sequence[ParityRow]) -> Table:
             f"{row.sqnr_db:.1f} dB",
             f"{row.top1_agreement:.4g} %",
             "ok" if row.passed else "MISSED",
-            row.tolerance,
+            "" if row.passed else row.tolerance,
         )
         table.add_row(*map(Text, cells))
     return table

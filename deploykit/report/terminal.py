@@ -47,6 +47,9 @@ def render_terminal(report: Report, console: Console, out_dir: Path | str | None
     for artifact in report.artifacts:
         made_by = f" ({artifact.algorithm})" if artifact.algorithm else ""
         _line(console, f"{artifact.name}{made_by}: {artifact.path}")
+        if artifact.name != "original":
+            for note in artifact.notes:
+                _line(console, f"  {note}")
     if out_dir is not None:
         _line(console, f"report: {Path(out_dir) / 'report.html'}")
 
