@@ -69,7 +69,8 @@ def rows(report: Report) -> list[Row]:
     ordered = sorted(report.artifacts, key=lambda a: a.name != "original")
     targets = list(dict.fromkeys(m.target for m in report.measurements)) or [""]
     several = len({artifact.format for artifact in report.artifacts}) > 1
-    result = []
+    result: list[Row] = []
+    untimed: list[Row] = []
     for target in targets:
         for artifact in ordered:
             measurement = report.find_measurement(artifact.name, target)
@@ -84,7 +85,7 @@ def rows(report: Report) -> list[Row]:
             precision = measurement.precision if measurement else artifact.precision
             if several:
                 precision = f"{precision}, {artifact.format}"
-            result.append(
+            (result if measurement or not target else untimed).append(
                 Row(
                     artifact=wording.clean(artifact.name),
                     precision=wording.clean(precision),
@@ -95,7 +96,7 @@ def rows(report: Report) -> list[Row]:
                     measurement=measurement,
                 )
             )
-    return result
+    return [*result, *untimed]
 
 
 def accuracy_text(report: Report, artifact: Artifact) -> str:
