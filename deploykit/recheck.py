@@ -10,9 +10,10 @@ from torch import Tensor
 
 from deploykit.artifacts import chosen_targets, loadable, size_and_hash
 from deploykit.errors import UsageError
-from deploykit.export.parity import compare, make_reference
+from deploykit.export.parity import compare, in_batches, make_reference
 from deploykit.export.registry import get_exporter
 from deploykit.export.structure import STRUCTURE_NAME, load_model
+from deploykit.export.target_reader import loaded
 from deploykit.graph.quantized import has_activation_quantizers
 from deploykit.images import calibration_images
 from deploykit.report.model import load_report
@@ -61,15 +62,15 @@ def verify_folder(
         floats = _original(artifacts)(pixels)
     batch = _BATCHES[1] if saved.dynamic_batch else 1
     reference = make_reference(
-        "simulation (torch)", lambda x: _in_batches(saved.graph_module, x, batch), pixels, floats,
+        "simulation (torch)", lambda x: in_batches(saved.graph_module, x, batch), pixels, floats,
         seed, saved.graph_module,
     )  # fmt: skip
     rows = []
     for target in _usable(targets, ours):
         for artifact in loadable(ours, target):
-            run = _runner(target, artifact)
+            run = loaded(target, artifact.path, len(allowed_cores()))
             for size in _BATCHES if artifact.dynamic_batch else (1,):
-                logits = _in_batches(run, pixels, size)
+                logits = in_batches(run, pixels, size)
                 rows.append(
                     compare(artifact, target.name, size, logits, reference, pool.description)
                 )
@@ -107,21 +108,11 @@ def _usable(names: Sequence[str] | None, artifacts: Sequence[Artifact]) -> list[
     ]
 
 
-def _runner(target: Target, artifact: Artifact) -> Callable[[Tensor], Tensor]:
-    session = target.load(artifact.path, len(allowed_cores()))
-    return lambda images: torch.from_numpy(session(images.numpy()))
-
-
 def _original(artifacts: Sequence[Artifact]) -> Callable[[Tensor], Tensor]:
     """The float file on the first target here that loads one."""
     originals = [artifact for artifact in artifacts if artifact.name == "original"]
     for target in _usable(None, originals):
         for artifact in loadable(originals, target):
-            return _runner(target, artifact)
+            return loaded(target, artifact.path, len(allowed_cores()))
     message = "no target here loads the original's file, which the noise is measured against"
     raise UsageError(message)
-
-
-def _in_batches(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([run(batch) for batch in images.split(size)])

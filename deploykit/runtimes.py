@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from deploykit.errors import TargetMissingError, one_line
 
-__all__ = ["import_onnxruntime", "import_openvino"]
+__all__ = ["import_onnxruntime", "import_openvino", "why_not"]
 
 _OPENVINO_TELEMETRY = "openvino_telemetry"
 
@@ -56,3 +57,12 @@ def import_openvino() -> Any:
         if placeholder:
             sys.modules.pop(_OPENVINO_TELEMETRY, None)
     return openvino
+
+
+def why_not(load: Callable[[], object]) -> str | None:
+    """None if a runtime can be imported, else the line that says why it can't."""
+    try:
+        load()
+    except TargetMissingError as error:
+        return str(error)
+    return None

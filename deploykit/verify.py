@@ -13,10 +13,11 @@ from deploykit.artifacts import loadable
 from deploykit.data import ImageSet
 from deploykit.errors import DeploykitError, TargetMissingError, one_line
 from deploykit.evaluate import paired_accuracy, top1_and_predictions
-from deploykit.export.parity import Reference, compare, make_reference
+from deploykit.export.parity import Reference, compare, in_batches, make_reference
 from deploykit.export.registry import Profile, get_exporter
+from deploykit.export.target_reader import loaded
 from deploykit.graph.capture import CapturedModel
-from deploykit.graph.quantized import FLOAT, QuantizedModel
+from deploykit.graph.quantized import FLOAT, QuantizedModel, has_activation_quantizers
 from deploykit.images import Images
 from deploykit.progress import Reporter
 from deploykit.recipe import Recipe
@@ -35,15 +36,6 @@ Maker = Callable[[], Callable[[Tensor], Tensor]]
 
 UNOPTIMIZED = "no simulation: compared with the same file run without graph optimisations"
 """Name of the reference of a file that others quantised."""
-
-
-def _runner(target: Target, path: Path, threads: int) -> Callable[[Tensor], Tensor]:
-    session = target.load(path, threads)
-    return lambda images: torch.from_numpy(session(images.numpy()))
-
-
-def _in_batches(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
-    return torch.cat([run(batch) for batch in images.split(size)])
 
 
 def check_parity(
@@ -82,7 +74,7 @@ def check_parity(
                 run = load()
                 for batch in _batches(recipe, artifact):
                     row = compare(
-                        artifact, runtime, batch, _in_batches(run, pixels, batch),
+                        artifact, runtime, batch, in_batches(run, pixels, batch),
                         references.of(artifact), images.description,
                     )  # fmt: skip
                     rows.append(row.model_dump(mode="json"))
@@ -105,7 +97,7 @@ def _places(
     unchecked = []
     for target in targets:
         for artifact in loadable(artifacts, target):
-            load = partial(_runner, target, artifact.path, len(allowed_cores()))
+            load = partial(loaded, target, artifact.path, len(allowed_cores()))
             places.append((artifact, target.name, load))
     seen = {(artifact.name, artifact.format) for artifact, _, _ in places}
     for artifact in artifacts:
@@ -164,7 +156,7 @@ class _References:
             simulation = self.simulations.get(profile)
             if ours and simulation is not None:
                 name, run = "simulation (torch)", simulation
-                rounds_inside = any(plan.input_bits != FLOAT for plan in simulation.plans)
+                rounds_inside = has_activation_quantizers(simulation.graph_module)
             else:
                 name, run = UNOPTIMIZED, _as_written(artifact.path)
                 rounds_inside = not artifact.precision.endswith(f"a{FLOAT}")
@@ -179,9 +171,9 @@ class _References:
         floats: Tensor | None,
         model: CapturedModel | QuantizedModel | None,
     ) -> Reference:
-        in_batches = partial(_in_batches, run, size=self.batch)
+        runs = partial(in_batches, run, size=self.batch)
         graph_module = model.graph_module if model is not None else None
-        return make_reference(name, in_batches, self.pixels, floats, self.seed, graph_module)
+        return make_reference(name, runs, self.pixels, floats, self.seed, graph_module)
 
 
 def _as_written(path: Path) -> Callable[[Tensor], Tensor]:
@@ -247,7 +239,7 @@ def measure_accuracy(
 
     def of_artifact(artifact: Artifact, target: Target) -> list[int]:
         size = recipe.evaluation.batch_size if artifact.dynamic_batch else 1
-        run = _runner(target, artifact.path, len(allowed_cores()))
+        run = loaded(target, artifact.path, len(allowed_cores()))
         return predictions(artifact.path.name, run, size)
 
     def kept(artifact: Artifact, target: Target) -> Tensor:

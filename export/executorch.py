@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from deploykit.export.archive import archived, removed_on_error
 from deploykit.export.plain_lowering import Lowered, lower_plainly
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
+from deploykit.export.target_reader import read_by
 from deploykit.targets.environments import missing
 from deploykit.targets.host import call
-from deploykit.targets.registry import get_target
 
 __all__ = ["ExecutorchExporter"]
 
@@ -56,13 +53,7 @@ class ExecutorchExporter:
 
     def reader(self, path: Path) -> tuple[str, Reader] | None:
         """The program run by ExecuTorch on this machine."""
-        target = get_target("cpu-executorch")
-        run = target.load(path, torch.get_num_threads())
-
-        def read(images: Tensor) -> Tensor:
-            return torch.from_numpy(run(images.numpy()))
-
-        return target.runtime(), read
+        return read_by("cpu-executorch", path)
 
 
 def _notes(lowered: Lowered, layers: dict[str, int]) -> tuple[str, ...]:

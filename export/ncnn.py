@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from deploykit.errors import DeploykitError
 from deploykit.export.archive import archived, removed_on_error
 from deploykit.export.plain_lowering import lower_plainly
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
+from deploykit.export.target_reader import read_by
 from deploykit.graph.edit import is_op
 from deploykit.targets.environments import missing
 from deploykit.targets.host import call
@@ -84,13 +84,7 @@ class NcnnExporter:
 
     def reader(self, path: Path) -> tuple[str, Reader] | None:
         """The model run by ncnn on this machine."""
-        target = get_target("cpu-ncnn")
-        run = target.load(path, torch.get_num_threads())
-
-        def read(images: Tensor) -> Tensor:
-            return torch.from_numpy(run(images.numpy()))
-
-        return target.runtime(), read
+        return read_by("cpu-ncnn", path)
 
     def _check(self, source: Source, path: Path) -> None:
         size = source.backbone.preprocessing.size

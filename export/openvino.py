@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deploykit.errors import DeploykitError, TargetMissingError, one_line
+from deploykit.errors import DeploykitError, one_line
 from deploykit.export.onnx import lower_onnx
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
-from deploykit.runtimes import import_openvino
+from deploykit.runtimes import import_openvino, why_not
 
 __all__ = ["Openvino"]
 
@@ -26,11 +26,7 @@ class Openvino:
 
     def available(self) -> str | None:
         """None, or why openvino cannot be imported."""
-        try:
-            import_openvino()
-        except TargetMissingError as error:
-            return str(error)
-        return None
+        return why_not(import_openvino)
 
     def export(self, source: Source, path: Path) -> Exported:
         """See ``Exporter.export``. Weights keep their precision: none is rounded to fp16.

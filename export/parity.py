@@ -25,7 +25,7 @@ from deploykit.export.half import HALF_MARGIN_DB, half_floor_db
 from deploykit.graph.signal import sqnr_db
 from deploykit.types import Artifact, ParityRow
 
-__all__ = ["Reference", "compare", "make_reference"]
+__all__ = ["Reference", "compare", "in_batches", "make_reference"]
 
 FLOAT_SQNR_DB = 80.0
 NOISE_MARGIN_DB = 3.0  # both differ from the float model by independent noise of equal power
@@ -56,6 +56,12 @@ class Reference:
     floor_sqnr_db: float
     floor_flips: int
     half_sqnr_db: Callable[[], float] = lambda: math.inf
+
+
+@torch.no_grad()
+def in_batches(run: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:
+    """Logits of all images (N, 3, S, S), run ``size`` at a time."""
+    return torch.cat([run(batch) for batch in images.split(size)])
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.errors import MeasurementError, TargetMissingError, UsageError, one_line
-from deploykit.runtimes import import_onnxruntime
+from deploykit.errors import MeasurementError, UsageError, one_line
+from deploykit.runtimes import import_onnxruntime, why_not
 from deploykit.targets.registry import FloatArray, Runner, register_target
 
 __all__ = ["CpuOnnxRuntime"]
@@ -33,11 +33,7 @@ class CpuOnnxRuntime:
 
     def available(self) -> str | None:
         """None, or why onnxruntime cannot be imported."""
-        try:
-            import_onnxruntime()
-        except TargetMissingError as error:
-            return str(error)
-        return None
+        return why_not(import_onnxruntime)
 
     def runtime(self) -> str:
         """Name, version and float precision."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.errors import MeasurementError, TargetMissingError, UsageError, one_line
-from deploykit.runtimes import import_openvino
+from deploykit.errors import MeasurementError, UsageError, one_line
+from deploykit.runtimes import import_openvino, why_not
 from deploykit.targets.registry import FloatArray, Runner, register_target
 
 __all__ = ["CpuOpenvino"]
@@ -28,11 +28,7 @@ class CpuOpenvino:
 
     def available(self) -> str | None:
         """None, or why openvino cannot be imported."""
-        try:
-            import_openvino()
-        except TargetMissingError as error:
-            return str(error)
-        return None
+        return why_not(import_openvino)
 
     def runtime(self) -> str:
         """Name, version and float precision."""

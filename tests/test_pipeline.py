@@ -17,6 +17,7 @@ from deploykit.artifacts import size_and_hash
 from deploykit.errors import AccuracyGateError, ExitCode, ParityError, UsageError
 from deploykit.quant import calibrate as calibrate_module
 from deploykit.report.model import Report, load_report
+from deploykit.targets.registry import Target
 
 FILES = {
     "recipe.yaml",
@@ -165,13 +166,13 @@ def test_a_folder_that_is_not_ours_is_never_overwritten(
 def test_a_missed_parity_is_exit_5(
     tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = verify._runner
+    real = verify.loaded
 
-    def wrong(target: str, path: Path, threads: int) -> Any:
+    def wrong(target: Target, path: Path, threads: int) -> Any:
         run = real(target, path, threads)
         return lambda images: run(images) * 1.5 if path.name == "model.onnx" else run(images)
 
-    monkeypatch.setattr(verify, "_runner", wrong)
+    monkeypatch.setattr(verify, "loaded", wrong)
     with pytest.raises(ParityError, match="parity"):
         deploykit.compress(**tiny_options, out=tmp_path / "out")
     report = load_report(tmp_path / "out")
