@@ -85,19 +85,25 @@ def peak_rss_bytes() -> int:
 
 
 class Stopwatch:
-    """Seconds and peak memory of the part between ``start`` and ``stop``."""
+    """Seconds and peak memory of the part between ``start`` and ``stop``.
+
+    Processor seconds of this process compare work on a machine that does other things as well.
+    """
 
     def start(self) -> None:
         self.rss_before = peak_rss_bytes()
         self.began = time.perf_counter()
+        self.cpu_began = time.process_time()
 
     def stop(self) -> None:
         self.seconds = time.perf_counter() - self.began
+        self.cpu_seconds = time.process_time() - self.cpu_began
         self.rss = peak_rss_bytes()
 
     def row(self) -> dict[str, Any]:
         return {
             "calibration_seconds": round(self.seconds, 2),
+            "calibration_cpu_seconds": round(self.cpu_seconds, 2),
             "peak_rss_bytes": self.rss,
             "peak_rss_bytes_before_calibration": self.rss_before,
         }

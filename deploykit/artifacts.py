@@ -16,12 +16,12 @@ from deploykit.graph.quantized import QuantizedModel
 from deploykit.progress import Reporter
 from deploykit.recipe import Recipe
 from deploykit.targets.registry import Target, get_target
-from deploykit.types import Artifact, Backbone
+from deploykit.types import STAGES, Artifact, Backbone
 from deploykit.workspace import Workspace
 
 __all__ = ["ArtifactWriter", "chosen_exporters", "chosen_targets", "loadable", "size_and_hash"]
 
-_STEMS = {"original": "original", "compressed": "model"}
+_STEMS = {name: name for name in ("original", *STAGES)} | {"compressed": "model"}
 
 
 def chosen_targets(names: Iterable[str]) -> list[Target]:
@@ -90,7 +90,7 @@ class ArtifactWriter:
         """Lower a graph to a format.
 
         Args:
-            name: ``original`` or ``compressed``.
+            name: ``original``, one of ``STAGES``, or ``compressed``.
             facts: further fields of the artefact.
         """
         path = self.workspace.out / f"{_STEMS[name]}{exporter.suffix}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,21 +11,39 @@ import typer
 from rich.console import Console
 
 from deploykit.cli_options import (
+    BatchSize,
+    Calib,
+    CalibImages,
+    DataFolder,
+    Formats,
     ImgSize,
     Json,
+    MaxDrop,
+    MaxLatency,
     Model,
     NumClasses,
     Out,
     Overwrite,
+    Prune,
     RecipeFile,
+    Recover,
+    RecoverMinutes,
+    Resume,
     Seed,
     Set,
+    Sparsity,
+    Targets,
+    Threads,
+    Tokens,
     Weights,
+    carry_out,
     listed,
     print_json,
     resolved,
 )
+from deploykit.cli_prune import prune
 from deploykit.cli_sensitivity import sensitivity
+from deploykit.cli_split import split
 from deploykit.errors import DeploykitError, ExitCode
 
 app = typer.Typer(
@@ -63,33 +80,30 @@ def compress(
     weights: Weights = None,
     recipe: RecipeFile = None,
     set_: Set = None,
-    calib: Annotated[Path | None, typer.Option(help="Calibration images.")] = None,
-    calib_images: Annotated[int | None, typer.Option(help="How many of them.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Labelled images for accuracy.")] = None,
-    targets: Annotated[
-        str | None, typer.Option(help="Targets, comma separated: cpu-onnxruntime,cpu-openvino.")
-    ] = None,
-    formats: Annotated[
-        str | None, typer.Option(help="Further formats, comma separated: openvino,coreml.")
-    ] = None,
-    sparsity: Annotated[str | None, typer.Option(help="none or 2:4.")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Points of top-1 that may go.")] = None,
-    max_latency: Annotated[float | None, typer.Option(help="Limit of p50 in ms.")] = None,
+    calib: Calib = None,
+    calib_images: CalibImages = None,
+    data: DataFolder = None,
+    targets: Targets = None,
+    formats: Formats = None,
+    prune: Prune = None,
+    tokens: Tokens = None,
+    sparsity: Sparsity = None,
+    recover: Recover = None,
+    recover_minutes: RecoverMinutes = None,
+    max_drop: MaxDrop = None,
+    max_latency: MaxLatency = None,
     num_classes: NumClasses = None,
     img_size: ImgSize = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the latency runs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Batch of the latency runs.")] = None,
+    threads: Threads = None,
+    batch_size: BatchSize = None,
     seed: Seed = None,
     out: Out = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> int:
     """Compress, export, verify and measure a backbone."""
     from deploykit.api import options_to_recipe
-    from deploykit.pipeline import default_output, run
-    from deploykit.progress import Reporter
-    from deploykit.report.terminal import render_terminal
 
     options = options_to_recipe(
         model=model,
@@ -106,7 +120,11 @@ def compress(
         data=data,
         targets=listed(targets),
         formats=listed(formats),
+        prune=prune,
+        tokens=tokens,
         sparsity=sparsity,
+        recover=recover,
+        recover_minutes=recover_minutes,
         threads=threads,
         batch_size=batch_size,
         max_drop=max_drop,
@@ -114,21 +132,11 @@ def compress(
         seed=seed,
     )
     chosen = resolved(recipe, set_, options)
-    out = out or default_output(chosen)
-    report = run(
-        chosen,
-        out,
-        command=shlex.join(["deploykit", *sys.argv[1:]]),
-        reporter=Reporter(),
-        resume=resume,
-        overwrite=overwrite,
-    )
-    render_terminal(report, Console(stderr=as_json, highlight=False), out)
-    if as_json:
-        print_json(report.to_json())
-    return report.exit_code
+    return carry_out(chosen, out, resume=resume, overwrite=overwrite, as_json=as_json)
 
 
+app.command()(prune)
+app.command()(split)
 app.command()(sensitivity)
 
 
@@ -300,7 +308,7 @@ def _main(argv: list[str] | None) -> int:
     except DeploykitError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        resumable = arguments[:1] == ["compress"]
+        resumable = arguments[:1] in (["compress"], ["prune"], ["split"])
         hint = "; run the same command with --resume to go on" if resumable else ""
         return _fail(f"interrupted{hint}", ExitCode.INTERRUPTED)
     except typer.TyperException as error:  # an unknown option, a missing argument

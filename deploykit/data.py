@@ -14,7 +14,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,21 @@ class ImageSet:
             lambda i: load(indices[i]),
             len(indices),
         )
+
+    def of_classes(self, classes: Sequence[int]) -> ImageSet:
+        """The images of some classes; a class's label becomes its place among them.
+
+        Raises:
+            UsageError: there is no image of any of them.
+        """
+        assert self.labels is not None
+        place = {label: index for index, label in enumerate(classes)}
+        chosen = [i for i, label in enumerate(self.labels.tolist()) if label in place]
+        if not chosen:
+            raise UsageError(f"{self.description}: no image of the {len(place)} classes asked for")
+        kept = self.subset(chosen)
+        labels = torch.tensor([place[label] for label in self.labels[chosen].tolist()])
+        return replace(kept, labels=labels)
 
     def tensor_batches(
         self, batch_size: int

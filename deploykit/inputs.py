@@ -40,8 +40,17 @@ class Inputs:
                 limit=recipe.evaluation.images,
                 seed=recipe.seed,
             )
+            if recipe.model.classes is not None:
+                self.evaluation = self._of_classes(self.evaluation, recipe.model.classes)
         elif recipe.evaluation.data is not None:
             self.notes.append("accuracy refused: the weights are untrained")
         self.verification: Images = verification_images(
             self.evaluation, self.calibration, recipe.verify.images
         )
+
+    def _of_classes(self, images: ImageSet, classes: list[int]) -> ImageSet | None:
+        try:
+            return images.of_classes(classes)
+        except UsageError as error:
+            self.notes.append(f"accuracy not measured: {error}")
+            return None

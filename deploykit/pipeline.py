@@ -28,10 +28,10 @@ from deploykit.export.registry import Exporter, Profile
 from deploykit.export.structure import STRUCTURE_NAME, TENSORS_NAME, model_bytes
 from deploykit.fsio import ensure_directory
 from deploykit.graph.capture import CapturedModel, capture
+from deploykit.graph.classes import select_classes
 from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.inputs import Inputs
 from deploykit.progress import Reporter
-from deploykit.prune.semi_structured import sparsify_2_4
 from deploykit.quant.cache import TensorCache
 from deploykit.quant.nncf_algorithm import has_attention, import_nncf, nncf_onnx
 from deploykit.quant.options import PresetName
@@ -44,8 +44,9 @@ from deploykit.recipe import Recipe
 from deploykit.recipe_io import dump_recipe
 from deploykit.report.model import OWN_ARTIFACTS, LayerError, Report
 from deploykit.report.write import write_report
+from deploykit.stages import Stage, Stages
 from deploykit.targets.registry import Target
-from deploykit.types import Artifact, Backbone, ParityRow, PassRecord
+from deploykit.types import STAGES, Artifact, Backbone, ParityRow, PassRecord
 from deploykit.verdict import judge
 from deploykit.verify import check_parity, measure_accuracy, measure_latency
 from deploykit.workspace import Workspace, open_workspace
@@ -59,6 +60,8 @@ def default_output(recipe: Recipe) -> Path:
     """``out/<model>-<bits>`` in the working folder, with the algorithm if it isn't ours."""
     stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in recipe.model.name)
     section = recipe.quantize
+    if section.algorithm == "none":
+        return Path("out") / f"{stem[-80:]}-pruned"
     other = "" if section.algorithm == "deploykit" else f"-{section.algorithm}"
     return Path("out") / f"{stem[-80:]}-{section.bits}{other}"
 
@@ -119,24 +122,30 @@ class _Job:
     exporters: list[Exporter]
 
     @cached_property
-    def pruned(self) -> tuple[Backbone, list[PassRecord]]:
-        if self.recipe.prune.sparsity == "none":
-            return self.backbone, []
-        module, record = sparsify_2_4(self.backbone.module)
-        return replace(self.backbone, module=module), [record]
-
-    @cached_property
     def original(self) -> CapturedModel:
         with self.reporter.step("capture"):
-            return capture(self.backbone)
+            captured = capture(self.backbone)
+        classes = self.recipe.model.classes
+        return captured if classes is None else select_classes(captured, classes)
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        return Stages(
+            self.recipe, self.backbone, self.inputs, self.workspace, self.reporter, self.original
+        ).run()
 
     @cached_property
     def source(self) -> CapturedModel:
-        """What is quantised: the original, or the pruned model."""
-        if not self.pruned[1]:
-            return self.original
-        with self.reporter.step("capture, pruned"):
-            return capture(self.pruned[0])
+        """What is quantised: the original, or what the last step made of it."""
+        return self.stages[-1].model if self.stages else self.original
+
+    @property
+    def floats(self) -> dict[str, CapturedModel]:
+        """The graphs of the float files, by the files' names; ``source`` is the last."""
+        found = {"original": self.original} | {stage.name: stage.model for stage in self.stages}
+        if self.recipe.quantize.algorithm == "none":
+            found["compressed"] = found.pop(self.stages[-1].name)
+        return found
 
     @cached_property
     def quantized(self) -> dict[Profile, QuantizedModel]:
@@ -212,14 +221,19 @@ class _Job:
         """The files, what was done to make them, and what the user should know of them."""
         section, main = self.recipe.quantize, self.main
         writer = ArtifactWriter(self.workspace, self.reporter, self.backbone, self.metadata)
-        records, warnings, artifacts = list(self.pruned[1]), [], []
+        records = [stage.record for stage in self.stages]
+        warnings: list[str] = []
+        artifacts: list[Artifact] = []
         others = [("nncf", "nncf.onnx")] if "nncf" in section.compare else []
-        if main is None:
+        if section.algorithm == "nncf":
             others.insert(0, ("compressed", "model.onnx"))
-        else:
+        elif main is not None:
             records += main.records
         for exporter in self.exporters:
-            artifacts.append(writer.write(exporter, "original", self.original, "fp32"))
+            for name, floats in self.floats.items():
+                # Steps on the way are there to be compared: one format is enough.
+                if name not in STAGES or exporter is self.exporters[0]:
+                    artifacts.append(writer.write(exporter, name, floats, "fp32"))
             if main is not None:
                 model = self.quantized[exporter.profile]
                 artifacts.append(
@@ -228,8 +242,9 @@ class _Job:
                         algorithm=f"deploykit {version()}", **model.how_it_runs(),
                     )
                 )  # fmt: skip
-        if main is not None:
-            self._save_graph(main)
+        saved = main or self.floats.get("compressed")
+        if saved is not None:
+            self._save_graph(saved)
         for name, filename in others:
             try:
                 artifact, record = self._by_nncf(writer, name, filename)
@@ -243,15 +258,15 @@ class _Job:
             warnings += [f"{name}: {line}" for line in record.details.get("warnings", [])]
         return artifacts, records, warnings
 
-    def _save_graph(self, model: QuantizedModel) -> None:
-        """The quantised graph itself, to be loaded again without pickle or the model's source."""
+    def _save_graph(self, model: CapturedModel | QuantizedModel) -> None:
+        """The compressed graph itself, to be loaded again without pickle or the model's source."""
 
         def write() -> bool:
             with self.reporter.step(f"write {STRUCTURE_NAME}"):
                 structure, tensors = model_bytes(
                     model.graph_module,
-                    self.backbone,
-                    precision=model.bits,
+                    self.original.backbone,
+                    precision=model.bits if isinstance(model, QuantizedModel) else "fp32",
                     dynamic_batch=model.dynamic_batch,
                 )
                 self.workspace.write(self.workspace.out / TENSORS_NAME, tensors)
@@ -311,7 +326,7 @@ class _Job:
         recipe, quantized = self.recipe, self.main
         artifacts, records, remarks = self.made
         parity, unchecked = check_parity(
-            recipe, self.workspace, self.reporter, self.original, self.quantized, artifacts,
+            recipe, self.workspace, self.reporter, self.floats, self.quantized, artifacts,
             self.targets, self.inputs.verification,
         )  # fmt: skip
         accuracy = measure_accuracy(

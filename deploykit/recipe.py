@@ -6,11 +6,17 @@ A recipe file is YAML with these sections; every key has a default except ``mode
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from deploykit._recipe_section import Section, UserPath
+from deploykit.recipe_prune import (
+    MergeSection,
+    PruneSection,
+    RecoverSection,
+    SparsifySection,
+)
 from deploykit.types import Preprocessing
 
 __all__ = [
@@ -22,7 +28,6 @@ __all__ = [
     "GatesSection",
     "MeasureSection",
     "ModelSection",
-    "PruneSection",
     "QuantizeSection",
     "Recipe",
     "VerifySection",
@@ -95,23 +100,14 @@ def _split_bits(text: str) -> Bits:
     return Bits(int(match[1]), int(match[2]))
 
 
-def _expand(path: Path) -> Path:
-    return path.expanduser()
-
-
-UserPath = Annotated[Path, AfterValidator(_expand)]
 BitsText = Annotated[str, BeforeValidator(parse_bits)]
 LayerBitsText = Annotated[str, BeforeValidator(parse_layer_bits)]
 
-Algorithm = Literal["deploykit", "nncf"]
+Algorithm = Literal["deploykit", "nncf", "none"]
 Grid = Literal["auto", "uniform", "log2", "log-sqrt2", "sulq", "adalog", "twin-uniform"]
 
 NNCF_BITS = ("w8a8", "w8a16", "w4a16")
 """What NNCF's ONNX backend quantises to; it knows no 4-bit or 6-bit activations."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelSection(Section):
@@ -125,6 +121,9 @@ class ModelSection(Section):
     num_classes: int | None = Field(default=None, gt=0, le=100_000)
     img_size: int | None = Field(default=None, gt=0, le=4096)
     preprocessing: Preprocessing | None = None
+    classes: list[int] | None = Field(
+        default=None, min_length=1, description="only these classes of the head, in this order"
+    )
 
 
 class CalibrationSection(Section):
@@ -148,18 +147,13 @@ class EvaluationSection(Section):
     )
 
 
-class PruneSection(Section):
-    """Changes of the module before it is captured."""
-
-    sparsity: Literal["none", "2:4"] = "none"
-
-
 class QuantizeSection(Section):
     """Who quantises, to which widths, and how."""
 
     bits: BitsText = "w8a8"
     algorithm: Algorithm = Field(
-        default="deploykit", description="nncf: NNCF's own quantisation makes the file that ships"
+        default="deploykit",
+        description="nncf: NNCF's own quantisation makes the file that ships; none: it stays float",
     )
     compare: list[Literal["nncf"]] = Field(
         default=[], description="others that quantise the same model, for rows of the same report"
@@ -241,8 +235,12 @@ class QuantizeSection(Section):
             *most, last = NNCF_BITS
             message = f"quantize.bits must be {', '.join(most)} or {last} for nncf, got {self.bits}"
             raise ValueError(message)
-        if self.algorithm == "nncf" and (moot := self._set_beside("algorithm", "bits")):
-            message = f"quantize.{moot[0]} is not for algorithm nncf; leave it out"
+        moot = {
+            "nncf": self._set_beside("algorithm", "bits"),
+            "none": self._set_beside("algorithm"),
+        }
+        if found := moot.get(self.algorithm):
+            message = f"quantize.{found[0]} is not for algorithm {self.algorithm}; leave it out"
             raise ValueError(message)
         return self
 
@@ -309,6 +307,9 @@ class Recipe(Section):
     version: Literal[1] = 1
     model: ModelSection
     prune: PruneSection = PruneSection()
+    merge: MergeSection = MergeSection()
+    sparsify: SparsifySection = SparsifySection()
+    recover: RecoverSection = RecoverSection()
     quantize: QuantizeSection = QuantizeSection()
     calibration: CalibrationSection = CalibrationSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -319,6 +320,11 @@ class Recipe(Section):
     gates: GatesSection = GatesSection()
     seed: int = Field(default=0, ge=0, lt=2**31)
 
+    @property
+    def shrinks(self) -> bool:
+        """The model is changed before it is quantised."""
+        return self.prune.active or self.merge.active or self.sparsify.active
+
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
         if self.gates.max_drop is not None and self.model.weights == "random":
@@ -327,7 +333,17 @@ class Recipe(Section):
         if self.gates.max_drop is not None and self.evaluation.data is None:
             message = "gates.max_drop needs labelled images: give evaluation.data (--data DIR)"
             raise ValueError(message)
-        if self.quantize.algorithm == "nncf" and self.evaluation.simulation:
-            message = "evaluation.simulation is not for algorithm nncf; leave it out"
+        algorithm = self.quantize.algorithm
+        if algorithm != "deploykit" and self.evaluation.simulation:
+            message = f"evaluation.simulation is not for algorithm {algorithm}; leave it out"
+            raise ValueError(message)
+        if self.recover.active and not (self.shrinks or self.recover.quantization_aware):
+            message = "recover.data is given, but nothing to recover from: prune, merge or sparsify"
+            raise ValueError(message)
+        if algorithm == "none" and not self.shrinks:
+            message = (
+                "quantize.algorithm none leaves nothing to do: "
+                "set prune.ratio, merge.tokens or sparsify.pattern"
+            )
             raise ValueError(message)
         return self

@@ -29,6 +29,7 @@ _PATH_KEYS: tuple[tuple[str, str], ...] = (
     ("model", "weights"),
     ("calibration", "data"),
     ("evaluation", "data"),
+    ("recover", "data"),
 )
 
 

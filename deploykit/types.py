@@ -15,6 +15,7 @@ from torch import nn
 
 __all__ = [
     "REPORT_SCHEMA_VERSION",
+    "STAGES",
     "Accuracy",
     "Artifact",
     "Backbone",
@@ -28,6 +29,9 @@ __all__ = [
 ]
 
 REPORT_SCHEMA_VERSION = 1
+
+STAGES = ("pruned", "merged", "sparse", "recovered")
+"""Float files of a run between the original and the compressed one, in the order of the steps."""
 
 
 class Data(BaseModel):
@@ -95,7 +99,10 @@ class PassRecord(Data):
 class Artifact(Data):
     """One file that ships (or the float file it is compared with)."""
 
-    name: str = Field(description="'original', 'compressed', or whose file it is compared with")
+    name: str = Field(
+        description="'original', a step on the way ('pruned' …), 'compressed', or whose file it is "
+        "compared with"
+    )
     format: str = Field(description="an exporter's name; (name, format) is unique")
     path: Path
     bytes: int

@@ -42,7 +42,7 @@ def check_parity(
     recipe: Recipe,
     workspace: Workspace,
     reporter: Reporter,
-    original: CapturedModel,
+    floats: Mapping[str, CapturedModel],
     simulations: Mapping[Profile, QuantizedModel],
     artifacts: Sequence[Artifact],
     targets: Sequence[Target],
@@ -56,6 +56,7 @@ def check_parity(
     only.
 
     Args:
+        floats: the graphs of float artefacts, by their names; what is quantised comes last.
         simulations: the graphs of the artefacts ``compressed``; none if others made that, too.
 
     Returns:
@@ -68,8 +69,9 @@ def check_parity(
         rows = []
         with reporter.step(f"verify on {images.count} images", total=total) as advance:
             pixels = torch.cat(list(images.batches(images.count)))
-            size = _REFERENCE_BATCH if original.dynamic_batch else 1
-            references = _References(original, simulations, pixels, size, recipe.seed)
+            dynamic = all(model.dynamic_batch for model in floats.values())
+            size = _REFERENCE_BATCH if dynamic else 1
+            references = _References(floats, simulations, pixels, size, recipe.seed)
             for artifact, runtime, load in places:
                 run = load()
                 for batch in _batches(recipe, artifact):
@@ -134,23 +136,23 @@ class _References:
 
     def __init__(
         self,
-        original: CapturedModel,
+        floats: Mapping[str, CapturedModel],
         simulations: Mapping[Profile, QuantizedModel],
         pixels: Tensor,
         batch: int,
         seed: int,
     ) -> None:
-        self.simulations, self.pixels, self.batch, self.seed = simulations, pixels, batch, seed
-        self.floats = self._make("float model (torch)", original.graph_module, None, original)
+        self.floats, self.simulations = floats, simulations
+        self.pixels, self.batch, self.seed = pixels, batch, seed
         self.made: dict[str, Reference] = {}
 
     def of(self, artifact: Artifact) -> Reference:
         """The reference of an artefact."""
-        if artifact.name == "original":
-            return self.floats
+        if artifact.name in self.floats:
+            return self._float(artifact.name)
         profile = get_exporter(artifact.format).profile
         ours = artifact.name == "compressed" and bool(self.simulations)
-        key = profile if ours else artifact.name
+        key = f"{artifact.name} {profile}" if ours else artifact.name
         if key not in self.made:
             run: Callable[[Tensor], Tensor]
             simulation = self.simulations.get(profile)
@@ -160,9 +162,16 @@ class _References:
             else:
                 name, run = UNOPTIMIZED, _as_written(artifact.path)
                 rounds_inside = not artifact.precision.endswith(f"a{FLOAT}")
-            floats = self.floats.logits if rounds_inside else None
+            quantized_from = list(self.floats)[-1]
+            floats = self._float(quantized_from).logits if rounds_inside else None
             self.made[key] = self._make(name, run, floats, simulation if ours else None)
         return self.made[key]
+
+    def _float(self, name: str) -> Reference:
+        if name not in self.made:
+            model = self.floats[name]
+            self.made[name] = self._make("float model (torch)", model.graph_module, None, model)
+        return self.made[name]
 
     def _make(
         self,

@@ -15,6 +15,7 @@ from typing import Any
 
 from deploykit.errors import UsageError
 from deploykit.fsio import atomic_write_bytes, atomic_write_text, ensure_directory, publish, remove
+from deploykit.types import STAGES
 
 __all__ = ["Workspace", "open_workspace"]
 
@@ -25,8 +26,10 @@ _FILES = (
     "environment.json",
     "recipe.yaml",
     "structure.json",
+    "split.json",
+    "split.html",
 )
-_STEMS = ("model", "original", "nncf")  # of the files in any format
+_STEMS = ("model", "original", "nncf", *STAGES)  # of the files in any format
 _OURS = (".work", "report.json", "recipe.yaml")
 _STAMP = "run.json"
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from deploykit._recipe_yaml import dump_yaml
 from deploykit.report import plots, view, wording
 from deploykit.report.model import Report
+from deploykit.report.steps import step_plots
 
 __all__ = ["page_template", "render_html"]
 
@@ -23,7 +24,12 @@ VERDICTS = {
 
 def render_html(report: Report) -> str:
     """One self-contained page; every text in it is escaped."""
-    pictures = [plots.drop_plot(report), plots.size_plot(report), *plots.latency_plots(report)]
+    pictures = [
+        plots.drop_plot(report),
+        plots.size_plot(report),
+        *plots.latency_plots(report),
+        *step_plots(report),
+    ]
     return page_template("report.html.j2").render(
         report=report,
         verdict=VERDICTS[report.verdict],

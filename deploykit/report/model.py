@@ -16,6 +16,7 @@ from deploykit.errors import UsageError
 from deploykit.report.gates import evaluate_gates, raise_for_gates
 from deploykit.types import (
     REPORT_SCHEMA_VERSION,
+    STAGES,
     Accuracy,
     Artifact,
     Data,
@@ -36,7 +37,7 @@ __all__ = [
     "without_nonfinite",
 ]
 
-OWN_ARTIFACTS = ("original", "compressed")
+OWN_ARTIFACTS = ("original", *STAGES, "compressed")
 """The files a run answers for; any other is there to be compared with."""
 
 _MAX_BYTES = 64_000_000

@@ -1,0 +1,148 @@
+"""The recipe's sections that change a model before it is quantised, in the order they happen."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from deploykit._recipe_section import Section, UserPath
+
+__all__ = ["MergeSection", "PruneSection", "RecoverSection", "SparsifySection"]
+
+_PATTERN = re.compile(r"none|block|unstructured|([1-9]\d?):([1-9]\d?)")
+
+
+def parse_tokens(value: object) -> str:
+    """``none``, ``auto``, ``fast``, a number, or numbers joined by commas; a list is joined.
+
+    Raises:
+        ValueError: the value is none of these.
+    """
+    parts = value if isinstance(value, list) else str(value).strip().lower().split(",")
+    text = ",".join(str(part).strip() for part in parts)
+    numbers = text.split(",")
+    if text in ("none", "auto", "fast"):
+        return text
+    if all(number.isdecimal() for number in numbers) and any(int(n) for n in numbers):
+        return ",".join(str(int(number)) for number in numbers)
+    message = f"tokens must be none, auto, fast, a number or numbers such as 8,8,0, got {value!r}"
+    raise ValueError(message)
+
+
+def parse_pattern(value: object) -> str:
+    """``none``, ``block``, ``unstructured`` or ``n:m``, n of each m inputs staying.
+
+    Raises:
+        ValueError: the value is none of these, or n isn't below m.
+    """
+    text = str(value).strip().lower()
+    match = _PATTERN.fullmatch(text)
+    if match is None or (match[1] and int(match[1]) >= int(match[2])):
+        message = f"pattern must be none, 2:4 (or n:m, n < m), block or unstructured, got {value!r}"
+        raise ValueError(message)
+    return text
+
+
+TokensText = Annotated[str, BeforeValidator(parse_tokens)]
+PatternText = Annotated[str, BeforeValidator(parse_pattern)]
+PruneScope = Literal["mlp", "heads", "qk", "v", "embedding", "channels"]
+
+
+class PruneSection(Section):
+    """Structured pruning: widths and blocks that go for good."""
+
+    ratio: float | None = Field(
+        default=None, gt=0, lt=1, description="share of the multiply-adds that goes"
+    )
+    max_latency_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="or: share of the measured time on the first target that may stay",
+    )
+    importance: Literal["magnitude", "taylor", "hessian", "dimap"] = Field(
+        default="taylor", description="what a width is worth"
+    )
+    scope: list[PruneScope] = Field(default=["mlp", "heads", "channels"], min_length=1)
+    blocks: int = Field(default=0, ge=0, description="whole residual blocks that go")
+    round_to: int = Field(default=8, ge=1, description="widths stay multiples of it")
+    images: int = Field(default=128, gt=0, description="calibration images that are read")
+
+    @property
+    def active(self) -> bool:
+        """Anything is asked for."""
+        return self.ratio is not None or self.max_latency_ratio is not None or self.blocks > 0
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> PruneSection:
+        if self.ratio is not None and self.max_latency_ratio is not None:
+            message = "prune.ratio and prune.max_latency_ratio are two aims; leave one out"
+            raise ValueError(message)
+        return self
+
+
+class MergeSection(Section):
+    """Token merging."""
+
+    tokens: TokensText = Field(
+        default="none",
+        description="that go in every block: 8; block by block: 8,8,0; fast: many in three "
+        "blocks; auto: as many as max_drop allows on calibration images",
+    )
+    scorer: Literal["tome", "mctf"] = "tome"
+    max_drop: float | None = Field(
+        default=None,
+        gt=0,
+        description="points of accuracy auto may lose; None: gates.max_drop, else 1",
+    )
+    images: int = Field(default=512, gt=0, description="of calibration.data that auto judges on")
+
+    @property
+    def active(self) -> bool:
+        """Anything is asked for."""
+        return self.tokens != "none"
+
+
+class SparsifySection(Section):
+    """Weights that become zero."""
+
+    pattern: PatternText = Field(
+        default="none",
+        description="none, 2:4 (or n:m), block, unstructured; the last two gain size at most",
+    )
+    method: Literal["magnitude", "wanda", "sparsegpt"] = Field(
+        default="sparsegpt", description="which weights go, and whether the others make up for them"
+    )
+    ratio: float = Field(default=0.5, gt=0, lt=1, description="of zeros, block and unstructured")
+    block: Literal[16, 32] = Field(default=16, description="side of a block")
+
+    @property
+    def active(self) -> bool:
+        """Anything is asked for."""
+        return self.pattern != "none"
+
+
+class RecoverSection(Section):
+    """Short training of the changed model, with the original as its teacher."""
+
+    data: UserPath | None = Field(default=None, description="a folder of images; labels optional")
+    minutes: float = Field(default=20.0, gt=0, description="of training at most")
+    epochs: float = Field(default=4.0, gt=0, description="over the images at most")
+    batch_size: int = Field(default=32, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    labels: bool = Field(default=False, description="learn the folder's labels, too")
+    losses: dict[Literal["logits", "features", "attention"], float] = Field(
+        default={"logits": 1.0, "features": 1.0}, description="what is learnt, and its weight"
+    )
+    quantization_aware: bool = Field(
+        default=False, description="train under fake quantisers of quantize.bits (GPUSQ-ViT)"
+    )
+    soup: int = Field(default=1, ge=1, le=8, description="recoveries that are averaged")
+    soup_method: Literal["uniform", "greedy"] = "greedy"
+
+    @property
+    def active(self) -> bool:
+        """Anything is asked for."""
+        return self.data is not None

@@ -1,0 +1,101 @@
+"""What changes a model before it is quantised: pruned, merged, sparse, recovered, in that order.
+
+Each step takes a captured graph and gives a changed one. What a step made is kept in the work
+folder as a structure with its tensors, and read back from there, so that a resumed run goes on
+with exactly what an uninterrupted one had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from deploykit.export.structure import load_model, save_model
+from deploykit.fsio import publish
+from deploykit.graph.capture import CapturedModel
+from deploykit.inputs import Inputs
+from deploykit.progress import Reporter
+from deploykit.recipe import Recipe
+from deploykit.types import Backbone, PassRecord
+from deploykit.workspace import Workspace
+
+__all__ = ["Stage", "Stages"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step that is done.
+
+    Attributes:
+        name: one of ``STAGES``.
+        model: what came out of it.
+    """
+
+    name: str
+    model: CapturedModel
+    record: PassRecord
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The steps a recipe asks for."""
+
+    recipe: Recipe
+    backbone: Backbone
+    inputs: Inputs
+    workspace: Workspace
+    reporter: Reporter
+    original: CapturedModel
+
+    def run(self) -> list[Stage]:
+        """All steps, one after the other.
+
+        Raises:
+            UsageError: a step can't apply to this backbone.
+        """
+        steps: list[tuple[bool, str, Callable[[CapturedModel], tuple[CapturedModel, PassRecord]]]]
+        recipe = self.recipe
+        steps = [
+            (recipe.prune.active, "pruned", self._prune),
+            (recipe.merge.active, "merged", self._merge),
+            (recipe.sparsify.active, "sparse", self._sparsify),
+            (recipe.recover.active, "recovered", self._recover),
+        ]
+        done: list[Stage] = []
+        model = self.original
+        for wanted, name, step in steps:
+            if wanted:
+                done.append(self._kept(name, model, step))
+                model = done[-1].model
+        return done
+
+    def _kept(
+        self,
+        name: str,
+        before: CapturedModel,
+        step: Callable[[CapturedModel], tuple[CapturedModel, PassRecord]],
+    ) -> Stage:
+        folder = self.workspace.work / f"stage-{name}"
+
+        def make() -> dict[str, object]:
+            model, record = step(before)
+            fresh = self.workspace.fresh_folder(f"making-{name}")
+            save_model(
+                model.graph_module,
+                before.backbone,
+                fresh,
+                precision="fp32",
+                dynamic_batch=model.dynamic_batch,
+            )
+            publish(fresh, folder)
+            return record.model_dump(mode="json")
+
+        record = PassRecord.model_validate(self.workspace.cached(f"stage-{name}", make))
+        saved = load_model(folder)
+        backbone = replace(before.backbone, module=saved.backbone.module)
+        return Stage(name, CapturedModel(saved.graph_module, backbone, saved.dynamic_batch), record)
+
+    def _prune(self, model: CapturedModel) -> tuple[CapturedModel, PassRecord]:
+        raise NotImplementedError
+
+    _merge = _sparsify = _recover = _prune
