@@ -281,7 +281,9 @@ class _Job:
         path, images = self.workspace.out / filename, self.inputs.calibration
 
         def write() -> dict[str, object]:
-            captured, size = self.source, self.batch_size
+            # A comparison is with what NNCF makes of the model as it came.
+            captured = self.source if name == "compressed" else self.original
+            size = self.batch_size
             # NNCF starts from the same float file that everything is compared with.
             original = self.workspace.out / "original.onnx"
             if captured is self.original and original.exists():

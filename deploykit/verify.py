@@ -162,7 +162,7 @@ class _References:
             else:
                 name, run = UNOPTIMIZED, _as_written(artifact.path)
                 rounds_inside = not artifact.precision.endswith(f"a{FLOAT}")
-            quantized_from = list(self.floats)[-1]
+            quantized_from = list(self.floats)[-1] if artifact.name == "compressed" else "original"
             floats = self._float(quantized_from).logits if rounds_inside else None
             self.made[key] = self._make(name, run, floats, simulation if ours else None)
         return self.made[key]
