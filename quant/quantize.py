@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.edit import add_tensor
+from deploykit.graph.execute import take
 from deploykit.graph.quantized import LayerPlan, QuantizedModel
 from deploykit.quant.cache import TensorCache
 from deploykit.quant.calibrate import fit, observe
@@ -19,7 +20,7 @@ from deploykit.quant.options import QuantizeOptions
 from deploykit.quant.prepare import fold_layers, planned
 from deploykit.quant.reconstruction.relu import ReluOptions, replace_gelu
 from deploykit.quant.state import QuantState
-from deploykit.quant.walk import take, walk_units
+from deploykit.quant.walk import walk_units
 from deploykit.types import PassRecord
 
 __all__ = ["QuantizeOptions", "Steps", "quantize"]
