@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, fx
 
 from deploykit.graph.execute import Executor, Hook, take
 from deploykit.graph.units import Unit, split_units
+from deploykit.progress import Steps
 from deploykit.quant.cache import TensorCache
 from deploykit.quant.options import QuantizeOptions
 from deploykit.quant.quantizers.uniform import UniformQuantizer
@@ -28,9 +27,6 @@ from deploykit.quant.rounding.layer import RoundingOptions, UnitData, round_unit
 from deploykit.quant.state import QuantState
 from deploykit.quant.weights import QuantizedWeight
 from deploykit.types import PassRecord
-
-if TYPE_CHECKING:
-    from deploykit.quant.quantize import Steps
 
 __all__ = ["walk_units"]
 
