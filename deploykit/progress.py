@@ -5,11 +5,30 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "Steps", "silent"]
+
+
+class Steps(Protocol):
+    """Shows progress: a context with the name of a step and how much there is to do in it."""
+
+    def __call__(
+        self, title: str, total: float | None = None
+    ) -> AbstractContextManager[Callable[[float], None]]: ...
+
+
+@contextlib.contextmanager
+def silent(
+    title: str,  # noqa: ARG001
+    total: float | None = None,  # noqa: ARG001
+) -> Iterator[Callable[[float], None]]:
+    """No progress."""
+    yield lambda _: None
 
 
 class Reporter:

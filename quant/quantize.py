@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
 
 from torch import Tensor, fx
 
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.edit import add_tensor
+from deploykit.graph.execute import take
 from deploykit.graph.quantized import LayerPlan, QuantizedModel
+from deploykit.progress import Steps, silent
 from deploykit.quant.cache import TensorCache
 from deploykit.quant.calibrate import fit, observe
 from deploykit.quant.insert import insert_quantizers
@@ -19,24 +19,10 @@ from deploykit.quant.options import QuantizeOptions
 from deploykit.quant.prepare import fold_layers, planned
 from deploykit.quant.reconstruction.relu import ReluOptions, replace_gelu
 from deploykit.quant.state import QuantState
-from deploykit.quant.walk import take, walk_units
+from deploykit.quant.walk import walk_units
 from deploykit.types import PassRecord
 
-__all__ = ["QuantizeOptions", "Steps", "quantize"]
-
-
-class Steps(Protocol):
-    """Shows progress: a context with the name of a step and how much there is to do in it."""
-
-    def __call__(
-        self, title: str, total: float | None = None
-    ) -> AbstractContextManager[Callable[[float], None]]: ...
-
-
-@contextmanager
-def silent(title: str, total: float | None = None):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """No progress."""
-    yield lambda _: None
+__all__ = ["QuantizeOptions", "quantize"]
 
 
 def quantize(

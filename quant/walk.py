@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, fx
 
+from deploykit.graph.execute import Executor, Hook, take
+from deploykit.graph.units import Unit, split_units
+from deploykit.progress import Steps
 from deploykit.quant.cache import TensorCache
 from deploykit.quant.options import QuantizeOptions
 from deploykit.quant.quantizers.uniform import UniformQuantizer
@@ -23,15 +24,11 @@ from deploykit.quant.reconstruction.losses import (
 )
 from deploykit.quant.reconstruction.unit import ReconstructionOptions, reconstruct_unit
 from deploykit.quant.rounding.layer import RoundingOptions, UnitData, round_unit
-from deploykit.quant.state import Executor, Hook, QuantState
-from deploykit.quant.units import Unit, split_units
+from deploykit.quant.state import QuantState
 from deploykit.quant.weights import QuantizedWeight
 from deploykit.types import PassRecord
 
-if TYPE_CHECKING:
-    from deploykit.quant.quantize import Steps
-
-__all__ = ["take", "walk_units"]
+__all__ = ["walk_units"]
 
 FISHER_RANK = {2: 15, 3: 15}  # by weight bits; FIMA-Q's values
 FISHER_RANK_ELSE = 5
@@ -108,17 +105,6 @@ def _next(
         return outputs
     quantized = executor.outputs(unit, data.quantized, data.counts, hooks)
     return UnitData(floats, quantized, data.counts)
-
-
-def take(batches: Iterable[Tensor], count: int) -> list[Tensor]:
-    """The first ``count`` images, in batches."""
-    taken: list[Tensor] = []
-    for batch in batches:
-        left = count - sum(len(part) for part in taken)
-        if left <= 0:
-            break
-        taken.append(batch[:left])
-    return taken
 
 
 class _Learner:

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from deploykit.graph.layer_rows import LayerShape
 from deploykit.graph.signal import sqnr_db
 from deploykit.quant.quantize import QuantizeOptions, quantize
 from deploykit.quant.ranges import weight_scale
 from deploykit.quant.rounding import layer
 from deploykit.quant.rounding.closed_form import gptq_codes, ridge_correction
-from deploykit.quant.rounding.moments import LayerMoments, LayerShape
+from deploykit.quant.rounding.moments import LayerMoments
 from tests.graphs import aten, batches, captured, images, nodes_of, shake
 from tests.test_units import HOSTS
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from deploykit._compat import timm
 from deploykit.graph.capture import CapturedModel
+from deploykit.graph.execute import Executor, Run
+from deploykit.graph.units import Unit, activation_nodes, split_units
 from deploykit.quant.plan import plan_layers
-from deploykit.quant.state import Executor, Run
-from deploykit.quant.units import Unit, activation_nodes, split_units
 from tests.graphs import captured, images, shake, tiny_cnn, tiny_shvit, tiny_vit
 
 SWIN = {

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from deploykit.graph.edit import add_tensor, constant, is_op, layer_name
+from deploykit.graph.execute import Executor, Hook, call
+from deploykit.graph.units import Unit, split_units
 from deploykit.quant.plan import LAYER_OPS, MOVES
-from deploykit.quant.state import Executor, Hook, call
-from deploykit.quant.units import Unit, split_units
 from deploykit.types import PassRecord
 
 __all__ = ["ReluOptions", "replace_gelu"]

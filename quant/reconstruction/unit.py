@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from deploykit.graph.edit import constant
+from deploykit.graph.execute import Executor, Hook, call
 from deploykit.graph.quantized import FLOAT
+from deploykit.graph.units import Unit
 from deploykit.quant.insert import activation_of
 from deploykit.quant.reconstruction.activations import LearntActivation, drop_quantization
 from deploykit.quant.reconstruction.losses import OutputLoss
 from deploykit.quant.reconstruction.rounding import AdaRoundWeight
 from deploykit.quant.rounding.layer import UnitData
-from deploykit.quant.state import Executor, Hook, QuantState, call, with_output
-from deploykit.quant.units import Unit
+from deploykit.quant.state import QuantState, with_output
 
 __all__ = ["LossKind", "ReconstructionOptions", "reconstruct_unit"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deploykit.graph.second_order import damped, feedback_factor
+
 __all__ = ["gptq_codes", "remaining_error", "ridge_correction"]
 
 BLOCK = 32  # columns rounded before the rest is updated by one matrix product
@@ -24,7 +26,7 @@ def ridge_correction(covariance: Tensor, cross: Tensor, damping: float) -> Tenso
     Returns:
         float32 (G, O, K), to be added to the weight.
     """
-    factor = torch.linalg.cholesky(_damped(covariance, damping).double())
+    factor = torch.linalg.cholesky(damped(covariance, damping).double())
     return torch.cholesky_solve(cross.double(), factor).transpose(1, 2).float()
 
 
@@ -62,7 +64,7 @@ def gptq_codes(
     order = covariance.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)  # (G, K)
     # Columns first, so that each one lies together in memory.
     rest = weight.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, weight.shape[1]))
-    factor = _feedback(_damped(covariance, damping), order)
+    factor = feedback_factor(damped(covariance, damping), order)
     codes = torch.empty_like(rest)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
@@ -76,25 +78,3 @@ def gptq_codes(
         rest[:, end:] -= factor[:, start:end, end:].transpose(1, 2) @ errors
     back = order.argsort(dim=1)[:, :, None].expand_as(codes)
     return codes.gather(1, back).transpose(1, 2)
-
-
-def _feedback(matrix: Tensor, order: Tensor) -> Tensor:
-    """Upper U with ``U^T U = H^-1``, for H with its rows and columns in ``order``.
-
-    U is the inverse of R in ``H = R R^T`` with R upper, which is the Cholesky factor of H turned
-    upside down: H itself is never inverted.
-    """
-    rows = matrix.gather(1, order[:, :, None].expand_as(matrix))
-    ordered = rows.gather(2, order[:, None, :].expand_as(matrix))
-    lower = torch.linalg.cholesky(ordered.flip(1, 2).double()).float().flip(1, 2)
-    eye = torch.eye(matrix.shape[-1]).expand_as(matrix)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=True)
-    return inverse
-
-
-def _damped(matrix: Tensor, damping: float) -> Tensor:
-    """With a ridge; a channel that never varies gets a ridge too, so it can be inverted."""
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    ridge = damping * diagonal.mean(1, keepdim=True)
-    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
-    return matrix + torch.diag_embed(ridge.expand_as(diagonal))

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from deploykit.graph.edit import constant
+from deploykit.graph.execute import Executor, Hook, Run, call
+from deploykit.graph.layer_rows import LayerShape
 from deploykit.graph.quantized import FLOAT
+from deploykit.graph.units import Unit
 from deploykit.quant.rounding.closed_form import (
     gptq_codes,
     remaining_error,
     ridge_correction,
 )
-from deploykit.quant.rounding.moments import LayerMoments, LayerShape, Moments
-from deploykit.quant.state import Executor, Hook, QuantState, Run, call
-from deploykit.quant.units import Unit
+from deploykit.quant.rounding.moments import LayerMoments, Moments
+from deploykit.quant.state import QuantState
 from deploykit.quant.weights import QuantizedWeight, safe_scale, symmetric_codes
 
 __all__ = ["Rounding", "RoundingOptions", "UnitData", "round_unit"]
