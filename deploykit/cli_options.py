@@ -61,7 +61,7 @@ Prune = Annotated[
 Tokens = Annotated[
     str | None, typer.Option(help="Tokens to merge in every block: 8, 8,8,0, fast or auto.")
 ]
-Sparsity = Annotated[str | None, typer.Option(help="2:4 (or n:m), block, unstructured.")]
+Sparsity = Annotated[str | None, typer.Option(help="2:4 (or n:m), block16, block32, unstructured.")]
 Recover = Annotated[
     Path | None, typer.Option(help="Images to train on, with the original as teacher.")
 ]

@@ -55,6 +55,7 @@ class Method(StrEnum):
     magnitude = "magnitude"
     wanda = "wanda"
     sparsegpt = "sparsegpt"
+    distortion = "distortion"
 
 
 def prune(

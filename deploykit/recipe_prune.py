@@ -11,7 +11,7 @@ from deploykit._recipe_section import Section, UserPath
 
 __all__ = ["MergeSection", "PruneSection", "RecoverSection", "SparsifySection"]
 
-_PATTERN = re.compile(r"none|block|unstructured|([1-9]\d?):([1-9]\d?)")
+_PATTERN = re.compile(r"none|block16|block32|unstructured|([1-9]\d?):([1-9]\d?)")
 
 
 def parse_tokens(value: object) -> str:
@@ -32,7 +32,7 @@ def parse_tokens(value: object) -> str:
 
 
 def parse_pattern(value: object) -> str:
-    """``none``, ``block``, ``unstructured`` or ``n:m``, n of each m inputs staying.
+    """``none``, ``block16``, ``block32``, ``unstructured``, or ``n:m``: n of each m inputs stay.
 
     Raises:
         ValueError: the value is none of these, or n isn't below m.
@@ -40,7 +40,8 @@ def parse_pattern(value: object) -> str:
     text = str(value).strip().lower()
     match = _PATTERN.fullmatch(text)
     if match is None or (match[1] and int(match[1]) >= int(match[2])):
-        message = f"pattern must be none, 2:4 (or n:m, n < m), block or unstructured, got {value!r}"
+        wanted = "none, 2:4 (or n:m, n < m), block16, block32 or unstructured"
+        message = f"pattern must be {wanted}, got {value!r}"
         raise ValueError(message)
     return text
 
@@ -91,6 +92,16 @@ class MergeSection(Section):
         description="that go in every block: 8; block by block: 8,8,0; fast: many in three "
         "blocks; auto: as many as max_drop allows on calibration images",
     )
+    schedule: Literal["constant", "decreasing"] = Field(
+        default="constant", description="one number: of every block, or on the average of all"
+    )
+    share: float = Field(
+        default=0.35, gt=0, le=0.5, description="of a block's tokens, that fast merges"
+    )
+    place: Literal["stream", "local"] = Field(
+        default="stream",
+        description="for good; or around each MLP only, so that any layout survives",
+    )
     scorer: Literal["tome", "mctf"] = "tome"
     max_drop: float | None = Field(
         default=None,
@@ -110,13 +121,21 @@ class SparsifySection(Section):
 
     pattern: PatternText = Field(
         default="none",
-        description="none, 2:4 (or n:m), block, unstructured; the last two gain size at most",
+        description="none, 2:4 (or n:m), block16, block32, unstructured; all but 2:4 gain size only",
     )
-    method: Literal["magnitude", "wanda", "sparsegpt"] = Field(
-        default="sparsegpt", description="which weights go, and whether the others make up for them"
+    method: Literal["magnitude", "wanda", "sparsegpt", "distortion"] | None = Field(
+        default=None,
+        description="which weights go; None: sparsegpt, for blocks distortion (both make the others "
+        "make up for it)",
     )
-    ratio: float = Field(default=0.5, gt=0, lt=1, description="of zeros, block and unstructured")
-    block: Literal[16, 32] = Field(default=16, description="side of a block")
+    sparsity: float | None = Field(
+        default=None, gt=0, lt=1, description="share of zeros, of blocks and unstructured; None: half"
+    )
+    allocation: Literal["uniform", "global"] = Field(
+        default="uniform", description="every layer the same share, or what costs least in all"
+    )
+    exclude: list[str] = Field(default=[], description="layer names (globs) that stay dense")
+    images: int = Field(default=128, gt=0, description="calibration images that are read")
 
     @property
     def active(self) -> bool:
@@ -131,18 +150,27 @@ class RecoverSection(Section):
     minutes: float = Field(default=20.0, gt=0, description="of training at most")
     epochs: float = Field(default=4.0, gt=0, description="over the images at most")
     batch_size: int = Field(default=32, gt=0)
-    learning_rate: float = Field(default=5e-5, gt=0)
-    labels: bool = Field(default=False, description="learn the folder's labels, too")
-    losses: dict[Literal["logits", "features", "attention"], float] = Field(
-        default={"logits": 1.0, "features": 1.0}, description="what is learnt, and its weight"
+    learning_rate: float = Field(default=1e-4, gt=0)
+    losses: dict[Literal["logits", "features", "attention", "labels"], float] = Field(
+        default={"logits": 1.0, "features": 1.0},
+        min_length=1,
+        description="what is learnt, and its weight; labels are the folder's",
     )
+    workers: int = Field(default=0, ge=0, le=64, description="processes that read images")
     quantization_aware: bool = Field(
-        default=False, description="train under fake quantisers of quantize.bits (GPUSQ-ViT)"
+        default=False, description="train once more under quantisers of quantize.bits (GPUSQ-ViT)"
     )
-    soup: int = Field(default=1, ge=1, le=8, description="recoveries that are averaged")
+    soup: int = Field(default=1, ge=1, le=8, description="recoveries whose weights are averaged")
     soup_method: Literal["uniform", "greedy"] = "greedy"
 
     @property
     def active(self) -> bool:
         """Anything is asked for."""
         return self.data is not None
+
+    @model_validator(mode="after")
+    def _needs_data(self) -> RecoverSection:
+        if self.data is None and (self.quantization_aware or self.soup > 1):
+            message = "recover.data is wanted: a folder of images to train on (--recover DIR)"
+            raise ValueError(message)
+        return self
