@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from deploykit.errors import UsageError
-from deploykit.graph.edit import constant, is_op, layer_name
+from deploykit.graph.edit import constant, is_kept_float, is_op, layer_name
 from deploykit.graph.quantized import FLOAT, LayerPlan
 
 __all__ = ["is_gelu_output", "is_softmax_output", "plan_layers"]
@@ -73,8 +73,10 @@ def plan_layers(
                 inputs = edge_bits
                 notes.append(f"the image keeps {edge_bits} bits")
             plan = LayerPlan(node.name, name, op, weights, inputs, note="; ".join(notes))
-        elif is_op(node, *MATMUL_OPS) and all(
-            isinstance(arg, fx.Node) and arg.op != "get_attr" for arg in node.args[:2]
+        elif (
+            is_op(node, *MATMUL_OPS)
+            and not is_kept_float(node)
+            and all(isinstance(arg, fx.Node) and arg.op != "get_attr" for arg in node.args[:2])
         ):
             softmax = any(is_softmax_output(arg) for arg in node.args[:2])
             suffix = "attention_value" if softmax else node.name

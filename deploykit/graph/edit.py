@@ -9,16 +9,22 @@ import torch
 from torch import Tensor, fx
 
 __all__ = [
+    "KEPT_FLOAT",
     "add_tensor",
     "clean",
     "constant",
     "functionalize",
+    "is_kept_float",
     "is_op",
     "layer_name",
     "remove_dropout",
 ]
 
 aten = torch.ops.aten
+
+KEPT_FLOAT = "kept_float"
+"""Last part of the layer names of nodes that a quantiser must leave alone, such as those that
+match tokens: a rounded score picks other tokens."""
 
 _IDENTITY_OPS = (
     aten.dropout.default,
@@ -70,6 +76,11 @@ def layer_name(node: fx.Node) -> str:
         if path:
             return str(path)
     return node.name
+
+
+def is_kept_float(node: fx.Node) -> bool:
+    """Whether a pass has marked a node's operator to be computed in float."""
+    return layer_name(node).rpartition(".")[2] == KEPT_FLOAT
 
 
 def remove_dropout(graph_module: fx.GraphModule) -> None:
