@@ -14,6 +14,7 @@ from deploykit.export.parity import compare, in_batches, make_reference
 from deploykit.export.registry import get_exporter
 from deploykit.export.structure import STRUCTURE_NAME, load_model
 from deploykit.export.target_reader import loaded
+from deploykit.graph.edit import makes_choices
 from deploykit.graph.quantized import has_activation_quantizers
 from deploykit.images import calibration_images
 from deploykit.report.model import load_report
@@ -58,7 +59,8 @@ def verify_folder(
         a for a in artifacts if a.name == "compressed" and get_exporter(a.format).profile == profile
     ]
     floats = None
-    if has_activation_quantizers(saved.graph_module):
+    graph_module = saved.graph_module
+    if has_activation_quantizers(graph_module) or makes_choices(graph_module):
         floats = _original(artifacts)(pixels)
     batch = _BATCHES[1] if saved.dynamic_batch else 1
     reference = make_reference(

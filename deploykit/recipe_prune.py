@@ -129,7 +129,10 @@ class SparsifySection(Section):
         "make up for it)",
     )
     sparsity: float | None = Field(
-        default=None, gt=0, lt=1, description="share of zeros, of blocks and unstructured; None: half"
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of zeros, of blocks and unstructured; None: half",
     )
     allocation: Literal["uniform", "global"] = Field(
         default="uniform", description="every layer the same share, or what costs least in all"

@@ -7,14 +7,19 @@ with exactly what an uninterrupted one had.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from deploykit.export.structure import load_model, save_model
 from deploykit.fsio import publish
 from deploykit.graph.capture import CapturedModel
 from deploykit.inputs import Inputs
 from deploykit.progress import Reporter
+from deploykit.prune.merge_tokens import merge_tokens
+from deploykit.prune.sparsity import sparsify
+from deploykit.prune_options import merge_options, sparsity_options
 from deploykit.recipe import Recipe
 from deploykit.types import Backbone, PassRecord
 from deploykit.workspace import Workspace
@@ -95,7 +100,20 @@ class Stages:
         backbone = replace(before.backbone, module=saved.backbone.module)
         return Stage(name, CapturedModel(saved.graph_module, backbone, saved.dynamic_batch), record)
 
+    def _merge(self, model: CapturedModel) -> tuple[CapturedModel, PassRecord]:
+        return merge_tokens(model, merge_options(self.recipe.merge))
+
+    def _sparsify(self, model: CapturedModel) -> tuple[CapturedModel, PassRecord]:
+        options = sparsity_options(self.recipe.sparsify)
+        return sparsify(model, options, self._batches(model), steps=self.reporter.step)
+
+    def _batches(self, model: CapturedModel) -> Callable[[], Iterator[Tensor]]:
+        """Calibration images, from the start each time."""
+        images = self.inputs.calibration
+        size = self.recipe.calibration.batch_size if model.dynamic_batch else 1
+        return lambda: images.batches(size)
+
     def _prune(self, model: CapturedModel) -> tuple[CapturedModel, PassRecord]:
         raise NotImplementedError
 
-    _merge = _sparsify = _recover = _prune
+    _recover = _prune

@@ -17,6 +17,7 @@ from deploykit.export.parity import Reference, compare, in_batches, make_referen
 from deploykit.export.registry import Profile, get_exporter
 from deploykit.export.target_reader import loaded
 from deploykit.graph.capture import CapturedModel
+from deploykit.graph.edit import makes_choices
 from deploykit.graph.quantized import FLOAT, QuantizedModel, has_activation_quantizers
 from deploykit.images import Images
 from deploykit.progress import Reporter
@@ -170,7 +171,9 @@ class _References:
     def _float(self, name: str) -> Reference:
         if name not in self.made:
             model = self.floats[name]
-            self.made[name] = self._make("float model (torch)", model.graph_module, None, model)
+            unsure = name != "original" and makes_choices(model.graph_module)
+            before = self._float("original").logits if unsure else None
+            self.made[name] = self._make("float model (torch)", model.graph_module, before, model)
         return self.made[name]
 
     def _make(

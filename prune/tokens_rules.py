@@ -54,7 +54,9 @@ _MOVES = frozenset(
     "t mT permute transpose swapaxes swapdims movedim unsqueeze squeeze stack getitem sym_size".split()  # noqa: E501, SIM905
 )
 _RESHAPES = frozenset("reshape view _unsafe_view flatten unflatten".split())  # noqa: SIM905
-_REDUCTIONS = frozenset("sum mean amax amin linalg_vector_norm norm argmax max min prod var".split())  # noqa: E501, SIM905
+_REDUCTIONS = frozenset(
+    ["sum", "mean", "amax", "amin", "linalg_vector_norm", "norm", "argmax", "max", "min", "prod", "var"]
+)
 _PARTS = frozenset("chunk split split_with_sizes unbind select narrow cat".split())  # noqa: SIM905
 _SOFTMAX = frozenset({"softmax", "_softmax"})
 

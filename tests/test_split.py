@@ -87,9 +87,7 @@ def test_parts_that_leave_a_class_out_are_refused(
     recipe = build_recipe(options_to_recipe(model=tiny_options["model"]))
     for classes in ([[0, 1], [2]], [[0, 1], [1, 2, 3]], [[0, 1, 2, 3]]):
         with pytest.raises(UsageError, match="hold each class from 0 to 3 once"):
-            run_split(
-                recipe, tmp_path / "out", classes, command="", reporter=Reporter(quiet=True)
-            )
+            run_split(recipe, tmp_path / "out", classes, command="", reporter=Reporter(quiet=True))
     assert not (tmp_path / "out").exists()
 
 

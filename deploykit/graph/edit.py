@@ -17,6 +17,7 @@ __all__ = [
     "is_kept_float",
     "is_op",
     "layer_name",
+    "makes_choices",
     "remove_dropout",
 ]
 
@@ -81,6 +82,12 @@ def layer_name(node: fx.Node) -> str:
 def is_kept_float(node: fx.Node) -> bool:
     """Whether a pass has marked a node's operator to be computed in float."""
     return layer_name(node).rpartition(".")[2] == KEPT_FLOAT
+
+
+def makes_choices(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph picks by size, so that values almost equal can lead to other results."""
+    picks = (aten.topk.default, aten.sort.default, aten.argmax.default, aten.argsort.default)
+    return any(is_op(node, *picks) for node in graph_module.graph.nodes)
 
 
 def remove_dropout(graph_module: fx.GraphModule) -> None:
