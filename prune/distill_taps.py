@@ -21,6 +21,14 @@ __all__ = ["Taps", "attention_maps", "block_outputs", "comparable", "logits", "w
 
 aten = torch.ops.aten
 
+_SAME_VALUES = (
+    aten.reshape.default,
+    aten.expand.default,
+    aten.clone.default,
+    aten.transpose.int,
+    aten.permute.default,
+)
+
 Taps = dict[str, fx.Node]
 """Name of a place, the same in teacher and student, and the node whose value is compared."""
 
@@ -57,6 +65,9 @@ def attention_maps(graph: fx.Graph) -> Taps:
     for node in graph.nodes:
         if not is_op(node, aten.softmax.int, aten._softmax.default) or node not in dependent:
             continue
+        value = node.meta.get("val")
+        if node.args[1] not in (-1, *([] if value is None else [value.ndim - 1])):
+            continue  # keys are its last dimension
         if not any(is_op(user, aten.matmul.default, aten.bmm.default) for user in _readers(node)):
             continue
         name = stem = layer_name(node)
@@ -134,7 +145,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     """Users, seen through reshapes (windowed attention folds its windows before the product)."""
     found = []
     for user in node.users:
-        if is_op(user, aten.reshape.default, aten.expand.default, aten.clone.default):
+        if is_op(user, *_SAME_VALUES):
             found += _readers(user)
         else:
             found.append(user)

@@ -12,21 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.utils.data import DataLoader
+from torch import fx
 
 from deploykit.errors import TargetMissingError, UsageError
 from deploykit.graph.capture import CapturedModel
 from deploykit.prune.distill_losses import LOSSES
 from deploykit.prune.distill_taps import comparable, with_taps
-from deploykit.prune.qat import insert_fake_quantizers
+from deploykit.prune.qat import insert_fake_quantizers, rounded_weights
 from deploykit.prune.recover_checkpoint import fingerprint
-from deploykit.prune.recover_data import Images, Plain, check_images, split
+from deploykit.prune.recover_data import Images, split
 from deploykit.prune.recover_judge import Judge
 from deploykit.prune.recover_loop import Training
 from deploykit.prune.recover_options import QatOptions, RecoverOptions
 from deploykit.prune.recover_progress import Steps, silent
-from deploykit.prune.recover_weights import hold_zeros, make_trainable, write_back
+from deploykit.prune.recover_weights import hold_zeros, make_trainable, named, write_back
 from deploykit.types import PassRecord
 
 __all__ = ["QatOptions", "RecoverOptions", "Steps", "import_accelerate", "recover"]
@@ -72,7 +71,8 @@ def recover(
         checkpoint: a folder; a run that was interrupted goes on from it with the same result.
 
     Returns:
-        The recovered graph, of the student's structure, in float; and what was done.
+        The recovered graph, of the student's structure, in float (after quantisation-aware
+        training its weights lie on the grid they were trained on); and what was done.
 
     Raises:
         UsageError: no images, other classes, a graph with a fixed batch, nothing to compare, a
@@ -82,8 +82,7 @@ def recover(
     """
     accelerator_class = import_accelerate()
     _check_models(student, teacher)
-    count = check_images(images, student.backbone.preprocessing.size)
-    indices, held_out = split(count, options.held_out, options.held_out_images, options.split_seed)
+    data = split(images, student.backbone, options)
     parts, left_out = _parts(student, teacher, options)
 
     accelerator = accelerator_class(mixed_precision="bf16" if options.precision == "bf16" else "no")
@@ -93,9 +92,9 @@ def recover(
     names = make_trainable(training)
     zeros = hold_zeros(training) if options.keep_zeros else {}
     rounded: dict[str, list[str]] = {}
-    if options.qat is not None:
+    if (qat := options.qat) is not None:
         rounded = insert_fake_quantizers(
-            training, options.qat, lambda: _calibration(images, indices, options)
+            training, qat, lambda: data.calibration(qat.calibration_batches)
         )
     learnt = [n for n, p in training.named_parameters() if n.endswith("log_scale")]
     learnt = [n for n in learnt if training.get_parameter(n).requires_grad]
@@ -106,21 +105,25 @@ def recover(
     judge = Judge(
         accelerator,
         tapped_teacher,
-        _share(images, held_out, options, accelerator),
+        data.judged(accelerator.process_index, accelerator.num_processes),
         next(f"{loss}|{place}" for loss, place in keys if place == "logits"),
     )
     work = Training(
         accelerator, training, tapped_teacher, parts, options,
-        names=[*names, *learnt], images=images, indices=indices, judge=judge,
-        checkpoint=checkpoint,
-        run_id=_run_id(options, count, accelerator.num_processes, student, teacher),
+        names=[*names, *learnt], data=data, judge=judge, checkpoint=checkpoint,
+        run_id=_run_id(options, data.count, accelerator.num_processes, student, teacher),
     )  # fmt: skip
-    best = work.run(steps)
+    try:
+        best = work.run(steps)
+    except UsageError as error:  # of a reading process: its last line is the message
+        text = str(error).strip().splitlines()[-1]
+        raise UsageError(text.removeprefix(f"{UsageError.__module__}.UsageError: ")) from error
     accelerator.free_memory()
 
+    write_back(training, best)
     recovered = student.copy()
-    write_back(recovered.graph_module, {name: best[name] for name in names})
-    record = _record(work, options, left_out, zeros, rounded, len(held_out))
+    write_back(recovered.graph_module, {**named(training, names), **rounded_weights(training)})
+    record = _record(work, options, left_out, zeros, rounded, len(data.held_out))
     return recovered, record
 
 
@@ -181,23 +184,6 @@ def _tapped(
     return tapped
 
 
-def _calibration(images: Images, indices: Tensor, options: RecoverOptions) -> list[Tensor]:
-    """Training batches without augmentation, the same for a seed."""
-    assert options.qat is not None
-    generator = torch.Generator().manual_seed(options.seed)
-    order = indices[torch.randperm(len(indices), generator=generator)]
-    chosen = Plain(images, order[: options.qat.calibration_batches * options.batch_size])
-    return [batch for batch, _ in DataLoader(chosen, options.batch_size)]
-
-
-def _share(
-    images: Images, held_out: Tensor, options: RecoverOptions, accelerator: Any
-) -> DataLoader[Any]:
-    """This process's share of the held-out images."""
-    mine = held_out[accelerator.process_index :: accelerator.num_processes]
-    return DataLoader(Plain(images, mine), options.batch_size, num_workers=options.workers)
-
-
 def _run_id(options: RecoverOptions, count: int, processes: int, *models: CapturedModel) -> str:
     settings: Mapping[str, Any] = {
         "options": asdict(replace(options, workers=0)), "images": count, "processes": processes,
@@ -234,7 +220,7 @@ def _record(
         "images_per_second": round(seen / max(state.seconds, 1e-9), 2),
         "processes": work.accelerator.num_processes,
         "batch_norm": "in inference form: statistics fixed, weight and bias trained",
-        "losses": {loss: list(places) for loss, places in work.parts.items()},
+        "losses": {loss: dict(places) for loss, places in work.parts.items()},
         "left_out": left_out,
         "zeros_kept": {name: round(share, 4) for name, share in zeros.items()},
         "rounded": rounded,

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.data import BatchSampler, DataLoader
 
 from deploykit.errors import DeploykitError
 from deploykit.prune.distill_losses import LOSSES, Lesson
 from deploykit.prune.recover_checkpoint import load_checkpoint, save_checkpoint
-from deploykit.prune.recover_data import Augmented, Images, Order
+from deploykit.prune.recover_data import Split
 from deploykit.prune.recover_ema import moving_average
 from deploykit.prune.recover_judge import Judge
 from deploykit.prune.recover_options import RecoverOptions
@@ -54,7 +53,7 @@ class Training:
         accelerator: accelerate's ``Accelerator``.
         student, teacher: return ``{"loss|place": value}`` for every part.
         names: the student's parameters that are trained.
-        indices: the images that may be trained on.
+        data: the images to train on; ``judge`` has those held out.
         checkpoint: a folder to write to and go on from, or None; ``run_id`` tells runs apart.
     """
 
@@ -67,14 +66,13 @@ class Training:
         options: RecoverOptions,
         *,
         names: list[str],
-        images: Images,
-        indices: Tensor,
+        data: Split,
         judge: Judge,
         checkpoint: Path | None,
         run_id: str,
     ) -> None:
         self.accelerator, self.options, self.parts = accelerator, options, parts
-        self.images, self.indices, self.judge = images, indices, judge
+        self.data, self.judge = data, judge
         self.names, self.checkpoint, self.run_id = names, checkpoint, run_id
         self.student = student.to(accelerator.device)
         self.teacher = teacher
@@ -120,7 +118,7 @@ class Training:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, self._rate, last_epoch=state.step - 1
         )
-        model, stepper, loader = accelerator.prepare(self.student, optimizer, self._loader())
+        model, stepper, loader = accelerator.prepare(self.student, optimizer, self._batches())
         trained = [p for p in self.student.parameters() if p.requires_grad]
         paced, paced_from = self._clock(), state.step
         with contextlib.ExitStack() as stack:
@@ -193,7 +191,7 @@ class Training:
 
     def _steps_asked(self) -> int:
         world = self.options.batch_size * int(self.accelerator.num_processes)
-        return max(1, math.ceil(self.options.epochs * len(self.indices) / world))
+        return max(1, math.ceil(self.options.epochs * len(self.data.train) / world))
 
     def _clock(self) -> float:
         """Seconds of training so far, those before an interruption included."""
@@ -257,15 +255,10 @@ class Training:
             for (rate, decay), params in groups.items()
         ]
 
-    def _loader(self) -> DataLoader[Any]:
-        options, world = self.options, self.accelerator.num_processes
-        each = options.batch_size * world
-        order = Order(self.indices, options.seed, self.state.step * each, self.state.total * each)
-        return DataLoader(
-            Augmented(self.images, options.seed),
-            batch_sampler=BatchSampler(order, options.batch_size, drop_last=False),
-            num_workers=options.workers,
-        )
+    def _batches(self) -> Any:
+        """Those of the steps that are left, of all processes."""
+        each = self.options.batch_size * int(self.accelerator.num_processes)
+        return self.data.batches(self.state.step * each, self.state.total * each)
 
     def _copy(self, module: torch.nn.Module) -> dict[str, Tensor]:
         return {name: value.cpu().clone() for name, value in named(module, self.names).items()}
