@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from deploykit._compat import timm
 from deploykit.errors import UsageError
 from deploykit.types import Preprocessing
 
-__all__ = ["ImageSet", "open_dataset", "synthetic_images"]
+__all__ = ["ImageSet", "evaluation_transform", "open_dataset", "synthetic_images"]
 
 _SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
@@ -60,15 +60,18 @@ class ImageSet:
     def __len__(self) -> int:
         return self._count
 
+    def picture(self, index: int) -> Image.Image:
+        """An image as it is in its file, RGB."""
+        return self._load(index)
+
     def subset(self, chosen: Sequence[int]) -> ImageSet:
         """Some of the images, in the order given."""
         indices = list(chosen)
-        load = self._load
         return ImageSet(
             f"{len(indices)} of {self.description}",
             None if self.labels is None else self.labels[indices],
             self.preprocessing,
-            lambda i: load(indices[i]),
+            partial(_chosen, self._load, indices),
             len(indices),
         )
 
@@ -99,7 +102,7 @@ class ImageSet:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
-        prepare = _transform(self.preprocessing)
+        prepare = evaluation_transform(self.preprocessing)
         pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="deploykit-images")
         waiting: deque[Future[Tensor]] = deque()
         indices = iter(range(self._count))
@@ -166,12 +169,10 @@ def open_dataset(
         _check_labels(labels, num_classes if labelled else None, path)
     if limit is not None and limit < count:
         chosen = _balanced(labels, count, limit, seed)
-        whole = load
         labels = None if labels is None else labels[chosen]
         description = f"{place}, {limit} of {count} images (seed {seed})"
-        return ImageSet(
-            description, _as_tensor(labels), preprocessing, lambda i: whole(chosen[i]), limit
-        )
+        load = partial(_chosen, load, chosen)
+        return ImageSet(description, _as_tensor(labels), preprocessing, load, limit)
     return ImageSet(f"{place}, {count} images", _as_tensor(labels), preprocessing, load, count)
 
 
@@ -301,23 +302,28 @@ def _read_labels(file: Path) -> tuple[list[Path], _Labels]:
 
 
 def _file_loader(files: Sequence[Path]) -> Callable[[int], Image.Image]:
-    def load(index: int) -> Image.Image:
-        file = files[index]
-        try:
-            with Image.open(file) as image:
-                if image.width * image.height > _MAX_PIXELS:
-                    size = f"{image.width}×{image.height}"
-                    raise UsageError(f"image {file}: {size} pixels is too large; scale it down")
-                return image.convert("RGB")
-        except UsageError:
-            raise
-        except Image.DecompressionBombError as error:
-            raise UsageError(f"image {file}: too many pixels; scale it down") from error
-        except Exception as error:  # damaged files fail in every decoder's own way
-            message = f"image {file}: can't be read ({type(error).__name__}: {error})"
-            raise UsageError(f"{message}; replace or remove it") from error
+    return partial(_load_file, files)  # not a closure: other processes may have to read it
 
-    return load
+
+def _chosen(load: Callable[[int], Image.Image], indices: Sequence[int], index: int) -> Image.Image:
+    return load(indices[index])
+
+
+def _load_file(files: Sequence[Path], index: int) -> Image.Image:
+    file = files[index]
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                size = f"{image.width}×{image.height}"
+                raise UsageError(f"image {file}: {size} pixels is too large; scale it down")
+            return image.convert("RGB")
+    except UsageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UsageError(f"image {file}: too many pixels; scale it down") from error
+    except Exception as error:  # damaged files fail in every decoder's own way
+        message = f"image {file}: can't be read ({type(error).__name__}: {error})"
+        raise UsageError(f"{message}; replace or remove it") from error
 
 
 def _open_pack(path: Path) -> _Opened:
@@ -350,10 +356,12 @@ def _open_pack(path: Path) -> _Opened:
         )
         raise UsageError(message)
 
-    def load(index: int) -> Image.Image:
-        return Image.fromarray(images[index]).convert("RGB")
-
+    load = partial(_from_pack, images)
     return load, len(images), None if labels is None else labels.astype(np.int64)
+
+
+def _from_pack(images: NDArray[np.uint8], index: int) -> Image.Image:
+    return Image.fromarray(images[index]).convert("RGB")
 
 
 def _is_image_shape(shape: tuple[int, ...]) -> bool:
@@ -361,7 +369,8 @@ def _is_image_shape(shape: tuple[int, ...]) -> bool:
     return colour and min(shape[1:3]) > 0
 
 
-def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
+def evaluation_transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
+    """What makes an image the network's input for evaluation, float32 (3, S, S)."""
     transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(
         input_size=(3, preprocessing.size, preprocessing.size),
         is_training=False,

@@ -1,0 +1,76 @@
+"""The student beside its teacher on held-out images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from deploykit.prune.recover_stop import Judgement
+
+__all__ = ["Judge"]
+
+
+class Judge:
+    """Compares a student with what the teacher answered, which is computed once and kept.
+
+    With several processes each judges its share of the images; all get the same result.
+
+    Args:
+        accelerator: accelerate's ``Accelerator``.
+        loader: held-out images of this process and their labels, -1 where there is none.
+        output: the name under which the models return their logits.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        teacher: nn.Module,
+        loader: DataLoader[Any],
+        output: str,
+    ) -> None:
+        self.accelerator, self.teacher, self.loader = accelerator, teacher, loader
+        self.output = output
+        self.answers: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, student: nn.Module) -> Judgement:
+        device = self.accelerator.device
+        sums = torch.zeros(6, dtype=torch.float64)
+        known = bool(self.answers)
+        for number, (images, labels) in enumerate(self.loader):
+            on_device = images.to(device)
+            with self.accelerator.autocast():
+                if not known:
+                    self.answers.append(self.teacher(on_device)[self.output].float().cpu())
+                guess = student(on_device)[self.output].float().cpu()
+            sums += _compare(guess, self.answers[number], labels)
+        totals: Tensor = self.accelerator.reduce(sums.to(_exact(device)), reduction="sum").cpu()
+        images, same, kl, labelled, teacher_right, student_right = totals.tolist()
+        agreement = 100 * same / images
+        by_labels = labelled == images
+        drop = 100 * (teacher_right - student_right) / images if by_labels else 100 - agreement
+        return Judgement(
+            int(images), drop, agreement, kl / images, "labels" if by_labels else "agreement"
+        )
+
+
+def _compare(guess: Tensor, answer: Tensor, labels: Tensor) -> Tensor:
+    """Images, same first class, sum of KL, labelled images, and how often either is right."""
+    mine, theirs = guess.argmax(1), answer.argmax(1)
+    kl = F.kl_div(
+        guess.double().log_softmax(1), answer.double().log_softmax(1),
+        reduction="sum", log_target=True,
+    )  # fmt: skip
+    counts = (mine == theirs, labels >= 0, theirs == labels, mine == labels)
+    same, labelled, teacher_right, student_right = (float(c.sum()) for c in counts)
+    row = [len(labels), same, float(kl), labelled, teacher_right, student_right]
+    return torch.tensor(row, dtype=torch.float64)
+
+
+def _exact(device: torch.device) -> torch.device:
+    """Where float64 exists (Apple's GPUs have none)."""
+    return torch.device("cpu") if device.type == "mps" else device
