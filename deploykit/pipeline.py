@@ -31,7 +31,7 @@ from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.inputs import Inputs
 from deploykit.progress import Reporter
-from deploykit.prune.semi_structured import sparsify_2_4
+from deploykit.prune.sparsity import sparsify
 from deploykit.quant.cache import TensorCache
 from deploykit.quant.nncf_algorithm import has_attention, import_nncf, nncf_onnx
 from deploykit.quant.options import PresetName
@@ -44,6 +44,7 @@ from deploykit.recipe import Recipe
 from deploykit.recipe_io import dump_recipe
 from deploykit.report.model import OWN_ARTIFACTS, LayerError, Report
 from deploykit.report.write import write_report
+from deploykit.sparsity_options import sparsity_options
 from deploykit.targets.registry import Target
 from deploykit.types import Artifact, Backbone, ParityRow, PassRecord
 from deploykit.verdict import judge
@@ -119,24 +120,25 @@ class _Job:
     exporters: list[Exporter]
 
     @cached_property
-    def pruned(self) -> tuple[Backbone, list[PassRecord]]:
-        if self.recipe.prune.sparsity == "none":
-            return self.backbone, []
-        module, record = sparsify_2_4(self.backbone.module)
-        return replace(self.backbone, module=module), [record]
-
-    @cached_property
     def original(self) -> CapturedModel:
         with self.reporter.step("capture"):
             return capture(self.backbone)
 
     @cached_property
+    def pruned(self) -> tuple[CapturedModel, list[PassRecord]]:
+        options = sparsity_options(self.recipe)
+        if options is None:
+            return self.original, []
+        images, size = self.inputs.calibration, self.batch_size
+        model, record = sparsify(
+            self.original, options, lambda: images.batches(size), steps=self.reporter.step
+        )
+        return model, [record]
+
+    @property
     def source(self) -> CapturedModel:
         """What is quantised: the original, or the pruned model."""
-        if not self.pruned[1]:
-            return self.original
-        with self.reporter.step("capture, pruned"):
-            return capture(self.pruned[0])
+        return self.pruned[0]
 
     @cached_property
     def quantized(self) -> dict[Profile, QuantizedModel]:
@@ -175,7 +177,7 @@ class _Job:
     @property
     def batch_size(self) -> int:
         """Of calibration; 1 where the model fixes it."""
-        return self.recipe.calibration.batch_size if self.source.dynamic_batch else 1
+        return self.recipe.calibration.batch_size if self.original.dynamic_batch else 1
 
     @cached_property
     def preset(self) -> tuple[PresetName, str]:

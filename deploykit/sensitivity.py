@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from deploykit.latency_table import (
     measure_latency_table,
 )
 from deploykit.progress import Reporter
-from deploykit.prune.semi_structured import sparsify_2_4
+from deploykit.prune.sparsity import sparsify
 from deploykit.quant.sensitivity import (
     FLOAT_BITS,
     LayerScores,
@@ -39,7 +39,7 @@ from deploykit.recipe_io import dump_recipe
 from deploykit.report.sensitivity_model import Budget, Collapse, LayerRow, SensitivityReport
 from deploykit.report.sensitivity_page import render_page
 from deploykit.sensitivity_budget import BudgetAsked, allocate_bits, weight_width
-from deploykit.types import Backbone
+from deploykit.sparsity_options import sparsity_options
 
 __all__ = ["METRICS", "SensitivityOptions", "default_output", "parse_widths", "run_sensitivity"]
 
@@ -122,7 +122,8 @@ def run_sensitivity(
         reporter.note("UNTRAINED WEIGHTS: these scores are about random weights, not a model")
     with _output(out, overwrite=overwrite):
         with reporter.step("capture"):
-            captured = capture(_pruned(backbone, recipe))
+            captured = capture(backbone)
+        captured = _pruned(captured, recipe, images, reporter)
         layers = _scores(captured, recipe, options, images, reporter)
         measured = None
         if options.budget is not None and options.budget.kind == "max-latency-ms" and not table:
@@ -178,11 +179,15 @@ def _check_recipe(recipe: Recipe) -> None:
         raise UsageError(message)
 
 
-def _pruned(backbone: Backbone, recipe: Recipe) -> Backbone:
+def _pruned(
+    captured: CapturedModel, recipe: Recipe, images: Images, reporter: Reporter
+) -> CapturedModel:
     """What will be quantised."""
-    if recipe.prune.sparsity == "none":
-        return backbone
-    return replace(backbone, module=sparsify_2_4(backbone.module)[0])
+    options = sparsity_options(recipe)
+    if options is None:
+        return captured
+    size = recipe.calibration.batch_size if captured.dynamic_batch else 1
+    return sparsify(captured, options, lambda: images.batches(size), steps=reporter.step)[0]
 
 
 def _scores(
