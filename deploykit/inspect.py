@@ -7,7 +7,7 @@ from collections import Counter
 from deploykit.backbones.build import build_backbone
 from deploykit.backbones.inspection import Inspection, inspect_backbone
 from deploykit.graph.capture import CapturedModel, capture
-from deploykit.prune.semi_structured import sparsify_2_4
+from deploykit.prune.sparsity_layers import GAIN_CHANNELS, eligible_layers
 from deploykit.quant.folds.batch_norm import fold_batch_norm
 from deploykit.quant.folds.norm import find_norm_groups
 from deploykit.quant.plan import plan_layers
@@ -33,15 +33,7 @@ def inspect_model(model: ModelSection, seed: int) -> Inspection:
     )
     ops.pop("getitem", None)
     reach = _reach(captured)
-    pruned = sparsify_2_4(backbone.module)[1]
-    declined = Counter(
-        "channels" if "not /" in why else why for why in pruned.details["declined"].values()
-    )
-    reach["2:4 sparsity"] = {
-        "reaches": pruned.summary.split(" of ")[0],
-        "of": "weights",
-        "why": _counts(declined, {"channels": "inputs not / 16 or outputs not / 8"}),
-    }
+    reach |= _sparsity(captured)
     if not captured.dynamic_batch:
         notes = [*facts.notes, "the model fixes its batch size at 1"]
         facts = facts.model_copy(update={"notes": notes})
@@ -79,6 +71,31 @@ def _reach(captured: CapturedModel) -> dict[str, dict[str, int | str]]:
             "reaches": len(foldable),
             "of": len(groups),
             "why": _counts(declined, {}),
+        },
+    }
+
+
+def _sparsity(captured: CapturedModel) -> dict[str, dict[str, int | str]]:
+    """Layers that can be 2:4 sparse, and those of them that hardware may run faster for it."""
+    rows = eligible_layers(captured, "2:4")
+    fit, gain = [r for r in rows if r.eligible], [r for r in rows if r.gains]
+    total = sum(row.weights for row in rows) or 1
+    declined = Counter(
+        "inputs not / 16 or outputs not / 8" if "wants inputs" in row.reason else row.reason
+        for row in rows
+        if not row.eligible
+    )
+    shares = [f"{100 * sum(r.weights for r in part) / total:.0f} %" for part in (fit, gain)]
+    return {
+        "2:4 sparsity": {
+            "reaches": len(fit),
+            "of": len(rows),
+            "why": "; ".join(filter(None, [f"{shares[0]} of the weights", _counts(declined, {})])),
+        },
+        "faster by 2:4": {
+            "reaches": len(gain),
+            "of": len(rows),
+            "why": f"{shares[1]} of the weights; NVIDIA only, in and out >= {GAIN_CHANNELS}",
         },
     }
 

@@ -13,7 +13,7 @@ from deploykit.graph.capture import CapturedModel
 from deploykit.graph.edit import constant, is_op, layer_name
 from deploykit.prune.sparsity_patterns import Pattern, parse_pattern
 
-__all__ = ["LayerRow", "eligible_layers"]
+__all__ = ["GAIN_CHANNELS", "LayerRow", "eligible_layers"]
 
 aten = torch.ops.aten
 

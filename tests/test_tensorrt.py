@@ -27,8 +27,9 @@ from deploykit.export.tensorrt_program import kernel_types
 from deploykit.export.tensorrt_reader import companion
 from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.graph.signal import sqnr_db
-from deploykit.prune.semi_structured import sparsify_2_4
+from deploykit.prune.sparsity import SparsityOptions, sparsify
 from deploykit.quant.quantize import QuantizeOptions, quantize
+from deploykit.quant.rounding.layer import Rounding
 from deploykit.targets import nvidia
 from tests.factories import make_artifact
 from tests.graphs import batches, captured, images
@@ -191,13 +192,14 @@ class Sparse(nn.Module):
         return self.head(torch.relu(self.mlp(x)).mean(1))
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-def test_two_of_four_zeros_are_found(bits: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("rounding", ["nearest", "erq"])
+def test_two_of_four_zeros_are_found(bits: int | None, rounding: Rounding, tmp_path: Path) -> None:
+    """Also after every change that quantising makes to weights."""
     torch.manual_seed(0)
-    pruned, _ = sparsify_2_4(Sparse())
-    model: Any = captured(pruned)
+    model: Any = sparsify(captured(Sparse()), SparsityOptions("2:4"))[0]
     if bits:
-        options = QuantizeOptions(bits, bits, equalize=False)
+        options = QuantizeOptions(bits, bits, rounding=rounding)
         model = quantize(model, options, batches(count=4))
         symmetric(model.graph_module)
     path = tmp_path / "model.engine"
