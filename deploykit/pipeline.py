@@ -221,7 +221,7 @@ class _Job:
         """The files, what was done to make them, and what the user should know of them."""
         section, main = self.recipe.quantize, self.main
         writer = ArtifactWriter(self.workspace, self.reporter, self.backbone, self.metadata)
-        records = [stage.record for stage in self.stages]
+        records = [record for stage in self.stages for record in stage.records]
         warnings: list[str] = []
         artifacts: list[Artifact] = []
         others = [("nncf", "nncf.onnx")] if "nncf" in section.compare else []

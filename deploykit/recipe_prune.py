@@ -121,12 +121,12 @@ class SparsifySection(Section):
 
     pattern: PatternText = Field(
         default="none",
-        description="none, 2:4 (or n:m), block16, block32, unstructured; all but 2:4 gain size only",
+        description="none, 2:4 (or n:m), block16, block32, unstructured; "
+        "all but 2:4 gain size only",
     )
     method: Literal["magnitude", "wanda", "sparsegpt", "distortion"] | None = Field(
         default=None,
-        description="which weights go; None: sparsegpt, for blocks distortion (both make the others "
-        "make up for it)",
+        description="which weights go; None: sparsegpt, for blocks distortion",
     )
     sparsity: float | None = Field(
         default=None,

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from deploykit.export.structure import load_model, save_model
 from deploykit.fsio import publish
-from deploykit.graph.capture import CapturedModel
+from deploykit.graph.capture import CapturedModel, with_shapes
 from deploykit.inputs import Inputs
 from deploykit.progress import Reporter
 from deploykit.prune.merge_tokens import merge_tokens
 from deploykit.prune.sparsity import sparsify
 from deploykit.prune_options import merge_options, sparsity_options
 from deploykit.recipe import Recipe
+from deploykit.recovery import recovered
 from deploykit.types import Backbone, PassRecord
 from deploykit.workspace import Workspace
 
@@ -38,7 +39,7 @@ class Stage:
 
     name: str
     model: CapturedModel
-    record: PassRecord
+    records: list[PassRecord]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Stages:
         Raises:
             UsageError: a step can't apply to this backbone.
         """
-        steps: list[tuple[bool, str, Callable[[CapturedModel], tuple[CapturedModel, PassRecord]]]]
+        steps: list[
+            tuple[bool, str, Callable[[CapturedModel], tuple[CapturedModel, list[PassRecord]]]]
+        ]
         recipe = self.recipe
         steps = [
             (recipe.prune.active, "pruned", self._prune),
@@ -78,12 +81,12 @@ class Stages:
         self,
         name: str,
         before: CapturedModel,
-        step: Callable[[CapturedModel], tuple[CapturedModel, PassRecord]],
+        step: Callable[[CapturedModel], tuple[CapturedModel, list[PassRecord]]],
     ) -> Stage:
         folder = self.workspace.work / f"stage-{name}"
 
-        def make() -> dict[str, object]:
-            model, record = step(before)
+        def make() -> list[dict[str, object]]:
+            model, records = step(before)
             fresh = self.workspace.fresh_folder(f"making-{name}")
             save_model(
                 model.graph_module,
@@ -93,19 +96,26 @@ class Stages:
                 dynamic_batch=model.dynamic_batch,
             )
             publish(fresh, folder)
-            return record.model_dump(mode="json")
+            return [record.model_dump(mode="json") for record in records]
 
-        record = PassRecord.model_validate(self.workspace.cached(f"stage-{name}", make))
+        kept = self.workspace.cached(f"stage-{name}", make)
+        records = [PassRecord.model_validate(record) for record in kept]
         saved = load_model(folder)
         backbone = replace(before.backbone, module=saved.backbone.module)
-        return Stage(name, CapturedModel(saved.graph_module, backbone, saved.dynamic_batch), record)
+        model = CapturedModel(saved.graph_module, backbone, saved.dynamic_batch)
+        return Stage(name, with_shapes(model), records)
 
-    def _merge(self, model: CapturedModel) -> tuple[CapturedModel, PassRecord]:
-        return merge_tokens(model, merge_options(self.recipe.merge))
+    def _merge(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
+        merged, record = merge_tokens(model, merge_options(self.recipe.merge))
+        return merged, [record]
 
-    def _sparsify(self, model: CapturedModel) -> tuple[CapturedModel, PassRecord]:
+    def _sparsify(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
         options = sparsity_options(self.recipe.sparsify)
-        return sparsify(model, options, self._batches(model), steps=self.reporter.step)
+        sparse, record = sparsify(model, options, self._batches(model), steps=self.reporter.step)
+        return sparse, [record]
+
+    def _recover(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
+        return recovered(self.recipe, model, self.original, self.workspace.work, self.reporter.step)
 
     def _batches(self, model: CapturedModel) -> Callable[[], Iterator[Tensor]]:
         """Calibration images, from the start each time."""
@@ -113,7 +123,5 @@ class Stages:
         size = self.recipe.calibration.batch_size if model.dynamic_batch else 1
         return lambda: images.batches(size)
 
-    def _prune(self, model: CapturedModel) -> tuple[CapturedModel, PassRecord]:
+    def _prune(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
         raise NotImplementedError
-
-    _recover = _prune

@@ -55,7 +55,19 @@ _MOVES = frozenset(
 )
 _RESHAPES = frozenset("reshape view _unsafe_view flatten unflatten".split())  # noqa: SIM905
 _REDUCTIONS = frozenset(
-    ["sum", "mean", "amax", "amin", "linalg_vector_norm", "norm", "argmax", "max", "min", "prod", "var"]
+    [
+        "sum",
+        "mean",
+        "amax",
+        "amin",
+        "linalg_vector_norm",
+        "norm",
+        "argmax",
+        "max",
+        "min",
+        "prod",
+        "var",
+    ]
 )
 _PARTS = frozenset("chunk split split_with_sizes unbind select narrow cat".split())  # noqa: SIM905
 _SOFTMAX = frozenset({"softmax", "_softmax"})

@@ -17,7 +17,7 @@ GOOD = """\
 model:
   name: shvit_s4
   weights: weights/best.safetensors
-prune: {sparsity: 2:4}
+sparsify: {pattern: 2:4}
 quantize:
   bits: w4a8        # weights, activations
   float_layers: ["*.head"]
@@ -50,7 +50,7 @@ def test_loads_with_paths_beside_the_file(write: Any) -> None:
     recipe = load_recipe(path)
     assert recipe.model.weights == str(path.parent / "weights/best.safetensors")
     assert recipe.calibration.data == path.parent / "images"
-    assert recipe.prune.sparsity == "2:4"  # YAML 1.1 would read the number 124
+    assert recipe.sparsify.pattern == "2:4"  # YAML 1.1 would read the number 124
     assert recipe.gates.max_drop is None  # an empty section means its defaults
 
 
@@ -176,7 +176,7 @@ def test_options_and_overrides_lie_over_the_file(
         ("quantize.compare=nncf", {"quantize": {"compare": ["nncf"]}}),
         ("gates.max_drop=0.5", {"gates": {"max_drop": 0.5}}),
         ("gates.max_drop=", {"gates": {"max_drop": None}}),
-        ("prune.sparsity=2:4", {"prune": {"sparsity": "2:4"}}),
+        ("sparsify.pattern=2:4", {"sparsify": {"pattern": "2:4"}}),
         ("model.name=123", {"model": {"name": "123"}}),
         ("model.name=a=b", {"model": {"name": "a=b"}}),
         ("targets=cpu-openvino", {"targets": ["cpu-openvino"]}),
@@ -250,7 +250,7 @@ _recipes = st.fixed_dictionaries(
             },
         ),
         "calibration": st.fixed_dictionaries({}, optional={"data": _path}),
-        "prune": st.fixed_dictionaries({"sparsity": st.sampled_from(["none", "2:4"])}),
+        "sparsify": st.fixed_dictionaries({"pattern": st.sampled_from(["none", "2:4"])}),
         "targets": st.lists(_any_text, min_size=1, max_size=3),
         "measure": st.fixed_dictionaries({"min_seconds": st.floats(1e-6, 30)}),
         "seed": st.integers(0, 2**31 - 1),

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from deploykit.errors import DeploykitError
 from deploykit.graph.attention import decompose_attention
 from deploykit.graph.edit import clean, functionalize, remove_dropout
 from deploykit.types import Backbone
 
-__all__ = ["CapturedModel", "capture"]
+__all__ = ["CapturedModel", "capture", "with_shapes"]
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,15 @@ def capture(backbone: Backbone) -> CapturedModel:
     functionalize(graph_module)
     clean(graph_module)
     return CapturedModel(graph_module, backbone, dynamic)
+
+
+def with_shapes(captured: CapturedModel) -> CapturedModel:
+    """The same model, each node knowing its value's shape (``meta["val"]``), as after a capture.
+
+    A graph read from a file doesn't; passes look there.
+    """
+    image = captured.example if captured.dynamic_batch else captured.example[:1]
+    FakeTensorProp(captured.graph_module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(
+        image
+    )
+    return captured
