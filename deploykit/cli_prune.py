@@ -49,6 +49,14 @@ class Importance(StrEnum):
     dimap = "dimap"
 
 
+class Budget(StrEnum):
+    """What the ratio is a share of."""
+
+    macs = "macs"
+    parameters = "parameters"
+    latency = "latency"
+
+
 class Method(StrEnum):
     """Which weights become zero."""
 
@@ -61,15 +69,15 @@ class Method(StrEnum):
 def prune(
     model: Model = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Share of the multiply-adds to prune, such as 0.3.")
+        float | None, typer.Option(help="Share of the budget to prune, such as 0.3.")
     ] = None,
-    latency_ratio: Annotated[
-        float | None, typer.Option(help="Or: share of the measured time that may stay.")
+    budget: Annotated[
+        Budget | None, typer.Option(help="What it is a share of.", show_default="macs")
     ] = None,
     importance: Annotated[Importance | None, typer.Option(help="What a width is worth.")] = None,
     scope: Annotated[
         str | None,
-        typer.Option(help="mlp,heads,qk,v,embedding,channels.", show_default="mlp,heads,channels"),
+        typer.Option(help="mlp,heads,qk,v,conv,embedding.", show_default="all but the last"),
     ] = None,
     blocks: Annotated[int | None, typer.Option(help="Whole blocks that go.")] = None,
     tokens: Tokens = None,
@@ -104,7 +112,7 @@ def prune(
         model=model,
         algorithm="none",
         prune=ratio,
-        prune_latency_ratio=latency_ratio,
+        prune_budget=budget.value if budget else None,
         prune_importance=importance.value if importance else None,
         prune_scope=listed(scope),
         prune_blocks=blocks,

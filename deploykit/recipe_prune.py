@@ -48,40 +48,37 @@ def parse_pattern(value: object) -> str:
 
 TokensText = Annotated[str, BeforeValidator(parse_tokens)]
 PatternText = Annotated[str, BeforeValidator(parse_pattern)]
-PruneScope = Literal["mlp", "heads", "qk", "v", "embedding", "channels"]
+PruneScope = Literal["mlp", "heads", "qk", "v", "conv", "embedding"]
 
 
 class PruneSection(Section):
     """Structured pruning: widths and blocks that go for good."""
 
     ratio: float | None = Field(
-        default=None, gt=0, lt=1, description="share of the multiply-adds that goes"
+        default=None, gt=0, le=0.95, description="share of the budget that goes"
     )
-    max_latency_ratio: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="or: share of the measured time on the first target that may stay",
+    budget: Literal["macs", "parameters", "latency"] = Field(
+        default="macs",
+        description="what the ratio is a share of; latency: as measured here, layer by layer",
     )
     importance: Literal["magnitude", "taylor", "hessian", "dimap"] = Field(
-        default="taylor", description="what a width is worth"
+        default="hessian", description="what a width is worth"
     )
-    scope: list[PruneScope] = Field(default=["mlp", "heads", "channels"], min_length=1)
-    blocks: int = Field(default=0, ge=0, description="whole residual blocks that go")
+    scope: list[PruneScope] = Field(default=["mlp", "heads", "qk", "v", "conv"], min_length=1)
+    fairness: Literal["none", "kind", "layer"] = Field(
+        default="none", description="importances compare as they are, within a kind, or a layer"
+    )
+    layer_limit: float = Field(
+        default=0.75, gt=0, le=0.95, description="most that one layer may lose"
+    )
+    blocks: int = Field(default=0, ge=0, description="whole residual blocks that go first")
     round_to: int = Field(default=8, ge=1, description="widths stay multiples of it")
     images: int = Field(default=128, gt=0, description="calibration images that are read")
 
     @property
     def active(self) -> bool:
         """Anything is asked for."""
-        return self.ratio is not None or self.max_latency_ratio is not None or self.blocks > 0
-
-    @model_validator(mode="after")
-    def _one_aim(self) -> PruneSection:
-        if self.ratio is not None and self.max_latency_ratio is not None:
-            message = "prune.ratio and prune.max_latency_ratio are two aims; leave one out"
-            raise ValueError(message)
-        return self
+        return self.ratio is not None or self.blocks > 0
 
 
 class MergeSection(Section):

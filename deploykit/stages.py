@@ -14,14 +14,18 @@ from torch import Tensor
 
 from deploykit.export.structure import load_model, save_model
 from deploykit.fsio import publish
-from deploykit.graph.capture import CapturedModel, with_shapes
+from deploykit.graph.capture import CapturedModel, capture, with_shapes
+from deploykit.graph.classes import select_classes
 from deploykit.inputs import Inputs
+from deploykit.layer_latency import layer_timer
 from deploykit.progress import Reporter
 from deploykit.prune.merge_tokens import merge_tokens
 from deploykit.prune.sparsity import sparsify
-from deploykit.prune_options import merge_options, sparsity_options
+from deploykit.prune.structured import prune_structure
+from deploykit.prune_options import merge_options, sparsity_options, structure_options
 from deploykit.recipe import Recipe
 from deploykit.recovery import recovered
+from deploykit.token_choice import chosen_merging
 from deploykit.types import Backbone, PassRecord
 from deploykit.workspace import Workspace
 
@@ -105,8 +109,28 @@ class Stages:
         model = CapturedModel(saved.graph_module, backbone, saved.dynamic_batch)
         return Stage(name, with_shapes(model), records)
 
+    def _prune(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
+        section, recipe = self.recipe.prune, self.recipe
+        measure = None
+        if section.budget == "latency":
+            measure = layer_timer(recipe.targets[0], recipe.measure, recipe.seed)
+        pruned, record = prune_structure(
+            self.backbone,
+            structure_options(section, recipe.seed),
+            self._batches(model),
+            measure=measure,
+            steps=self.reporter.step,
+        )
+        captured = capture(pruned)
+        if recipe.model.classes is not None:
+            captured = select_classes(captured, recipe.model.classes)
+        return captured, [record]
+
     def _merge(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
-        merged, record = merge_tokens(model, merge_options(self.recipe.merge))
+        if self.recipe.merge.tokens == "auto":
+            merged, record = chosen_merging(self.recipe, self.inputs, model, self.reporter.step)
+        else:
+            merged, record = merge_tokens(model, merge_options(self.recipe.merge))
         return merged, [record]
 
     def _sparsify(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
@@ -122,6 +146,3 @@ class Stages:
         images = self.inputs.calibration
         size = self.recipe.calibration.batch_size if model.dynamic_batch else 1
         return lambda: images.batches(size)
-
-    def _prune(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
-        raise NotImplementedError

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from deploykit._compat import timm
+
 SIZE = 32
 CLASSES = 4
 
@@ -44,6 +46,24 @@ def tiny_hybrid(num_classes: int = CLASSES) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
+    net.deploykit_preprocessing = {
+        "size": SIZE,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+    }
+    return net.eval()
+
+
+def tiny_tokens(num_classes: int = CLASSES) -> nn.Module:
+    """A plain ViT of 65 tokens: enough to merge some."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        net: nn.Module = timm.models.VisionTransformer(
+            img_size=SIZE, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=num_classes
+        )
+        for parameter in net.parameters():
+            if parameter.ndim == 2:  # timm's own start is too quiet to tell tokens apart
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     net.deploykit_preprocessing = {
         "size": SIZE,
         "mean": (0.5, 0.5, 0.5),

@@ -1,0 +1,88 @@
+"""As many tokens merged as a limit of accuracy allows, found on calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from deploykit.data import ImageSet, open_dataset
+from deploykit.errors import UsageError
+from deploykit.evaluate import top1_and_predictions
+from deploykit.graph.capture import CapturedModel
+from deploykit.inputs import Inputs
+from deploykit.progress import Steps
+from deploykit.prune.merge_choose import choose_merging, disagreement
+from deploykit.prune_options import merge_options
+from deploykit.recipe import Recipe
+from deploykit.types import PassRecord
+
+__all__ = ["chosen_merging"]
+
+_DAMAGE_IMAGES = 32
+_DROP = 1.0
+
+
+def chosen_merging(
+    recipe: Recipe, inputs: Inputs, model: CapturedModel, steps: Steps
+) -> tuple[CapturedModel, PassRecord]:
+    """The model with the most merged whose drop stays within ``merge.max_drop``.
+
+    Judged on ``merge.images`` images of the calibration folder: by their labels where it has
+    any, else by how often the unmerged model answers otherwise. Never on the images that the run
+    is rated on.
+
+    Raises:
+        UsageError: nothing can be merged, or not within the limit.
+    """
+    section = recipe.merge
+    limit = section.max_drop or recipe.gates.max_drop or _DROP
+    size = recipe.calibration.batch_size if model.dynamic_batch else 1
+
+    def few() -> Iterator[Tensor]:
+        left = min(_DAMAGE_IMAGES, inputs.calibration.count)
+        for batch in inputs.calibration.batches(min(size, left)):
+            yield batch[:left]
+            left -= len(batch)
+            if left <= 0:
+                return
+
+    labelled = _labelled(recipe, model)
+    if labelled is None:
+        evaluate, how = disagreement(model, few), "answers that changed"
+    else:
+        evaluate, how = _drop(model, labelled, size), f"labels of {labelled.description}"
+    merged, record = choose_merging(
+        model, few, evaluate, limit, merge_options(section), steps=steps
+    )
+    details = {**record.details, "judged_by": how, "limit": limit}
+    return merged, record.model_copy(update={"details": details})
+
+
+def _labelled(recipe: Recipe, model: CapturedModel) -> ImageSet | None:
+    folder = recipe.calibration.data
+    if folder is None or not model.backbone.weights.trained:
+        return None
+    classes = recipe.model.classes
+    count = max([model.backbone.num_classes, *(c + 1 for c in classes or ())])
+    try:
+        found = open_dataset(
+            folder, model.backbone.preprocessing, labelled=True, num_classes=count,
+            limit=recipe.merge.images, seed=recipe.seed,
+        )  # fmt: skip
+        return found if classes is None else found.of_classes(classes)
+    except UsageError:
+        return None  # images without labels serve, too
+
+
+def _drop(model: CapturedModel, images: ImageSet, size: int) -> Callable[[CapturedModel], float]:
+    """Points of accuracy that a candidate loses beside the model, on the same images."""
+    labels = images.labels
+    assert labels is not None
+
+    def accuracy(candidate: CapturedModel) -> float:
+        found = top1_and_predictions(candidate.graph_module, images, size)
+        return 100 * float((found == labels).double().mean())
+
+    before = accuracy(model)
+    return lambda candidate: before - accuracy(candidate)
