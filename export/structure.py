@@ -1,7 +1,8 @@
 """Compressed models on disk: the graph as JSON, its tensors as safetensors. No pickle.
 
 ``structure.json`` lists the graph's operators by name, from a fixed list, with plain arguments;
-``model.safetensors`` beside it holds the tensors: weights, or the codes of a quantised graph.
+``model.safetensors`` beside it holds the tensors: weights, or the codes of a quantised graph, at
+half their values where they are 2:4 sparse.
 Both together are the model, whatever was pruned or merged in it: reading them needs neither the
 source of the original nor trust in the file. The loaded graph gives the same outputs bit for bit
 and can be exported again.
@@ -18,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
@@ -29,6 +28,14 @@ from deploykit.errors import DeploykitError, UsageError
 from deploykit.export.structure_args import BadArgumentError, decode, encode
 from deploykit.export.structure_check import check_shapes
 from deploykit.export.structure_ops import SIZE_OPS, find_op, name_of
+from deploykit.export.structure_tensors import (
+    DTYPES,
+    TensorEntry,
+    describe,
+    dtype_name,
+    pack,
+    read_tensors,
+)
 from deploykit.graph.edit import layer_name
 from deploykit.types import Backbone, Preprocessing, WeightsOrigin
 
@@ -46,17 +53,10 @@ _MOST_JSON = 64 * 2**20
 _MOST_NODES = 50_000
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}")
 _PATH = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,30}")
-_DTYPES = {"float32", "float64", "int8", "uint8", "int32", "int64", "bool"}
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _Tensor(_Strict):
-    dtype: str
-    shape: list[int] = Field(max_length=8)
-    parameter: bool
 
 
 class _Node(_Strict):
@@ -86,7 +86,7 @@ class _Structure(_Strict):
     version: Literal[1]
     model: _Model
     tensors_sha256: str
-    tensors: dict[str, _Tensor]
+    tensors: dict[str, TensorEntry]
     nodes: list[_Node] = Field(max_length=_MOST_NODES)
     output: str
 
@@ -153,11 +153,8 @@ def model_bytes(
         except BadArgumentError as error:
             message = f"{backbone.name} can't be saved: {error} at {node.name}"
             raise DeploykitError(message) from error
-    tensors = save_tensors(stored)
-    table = {
-        name: _Tensor(dtype=_dtype(t), shape=list(t.shape), parameter=name in parameters)
-        for name, t in sorted(stored.items())
-    }
+    table = describe(stored, parameters)
+    tensors = save_tensors(pack(stored, table))
     structure = _Structure(
         format="deploykit structure",
         version=1,
@@ -209,13 +206,9 @@ def _tensor_at(graph_module: fx.GraphModule, path: str) -> Tensor:
     value = getattr(graph_module.get_submodule(owner), leaf)
     if not isinstance(value, Tensor) or _PATH.fullmatch(path) is None:
         raise BadArgumentError(f"{path} is no tensor with a plain name")
-    if _dtype(value) not in _DTYPES:
-        raise BadArgumentError(f"tensor {path} is {_dtype(value)}")
+    if dtype_name(value) not in DTYPES:
+        raise BadArgumentError(f"tensor {path} is {dtype_name(value)}")
     return value
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def load_model(path: Path) -> SavedModel:
@@ -230,7 +223,9 @@ def load_model(path: Path) -> SavedModel:
     path = path / STRUCTURE_NAME if path.is_dir() else path
     try:
         structure = _read_structure(path)
-        tensors = _read_tensors(path.with_name(TENSORS_NAME), structure)
+        tensors = read_tensors(
+            path.with_name(TENSORS_NAME), structure.tensors, structure.tensors_sha256
+        )
         graph_module = _build(structure, tensors)
     except BadArgumentError as error:
         raise UsageError(f"{path}: {error}") from error
@@ -265,38 +260,6 @@ def _read_structure(path: Path) -> _Structure:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:100]
         raise UsageError(f"{path}: {where}: {first['msg']}") from error
-
-
-def _read_tensors(path: Path, structure: _Structure) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; it belongs beside {STRUCTURE_NAME}")
-    wanted = structure.tensors
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            names = set(file.keys())
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
-        fault = sorted(names ^ set(wanted))
-        if fault:
-            what = "missing" if fault[0] in wanted else "not in the structure"
-            raise UsageError(f"{path}: tensor {fault[0][:100]} is {what}")
-        odd = [name for name in sorted(names) if shapes[name] != wanted[name].shape]
-        if odd:
-            message = (
-                f"tensor {odd[0]} is {shapes[odd[0]]}, the structure says {wanted[odd[0]].shape}"
-            )
-            raise UsageError(f"{path}: {message}")
-        data = path.read_bytes()
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: not a readable safetensors file ({_line(error)})") from error
-    if hashlib.sha256(data).hexdigest() != structure.tensors_sha256:
-        message = "the tensors aren't those the structure was saved with (SHA-256 differs)"
-        raise UsageError(f"{path}: {message}")
-    tensors: dict[str, Tensor] = load_tensors(data)
-    for name, tensor in tensors.items():
-        if _dtype(tensor) != wanted[name].dtype or _dtype(tensor) not in _DTYPES:
-            message = f"tensor {name} is {_dtype(tensor)}, the structure says {wanted[name].dtype}"
-            raise UsageError(f"{path}: {message}")
-    return tensors
 
 
 def _build(structure: _Structure, tensors: Mapping[str, Tensor]) -> fx.GraphModule:

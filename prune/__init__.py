@@ -1,1 +1,1 @@
-"""The prune room: changes of a module's structure or zeros, before it is captured."""
+"""The prune room: a smaller structure, and zeros in the weights."""

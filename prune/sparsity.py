@@ -166,6 +166,7 @@ class _Work:
     Attributes:
         zeros: weights or blocks to zero, by layer node name.
         output_errors: of each layer, by node name, where Gram matrices are known.
+        corrected: names of the layers whose bias makes up for the mean error.
     """
 
     def __init__(
@@ -184,12 +185,20 @@ class _Work:
         units = {row.node: pattern.units(row.weights) for row in layers}
         self.zeros = uniform_zeros(units, self.sparsity)
         self.output_errors: dict[str, float] = {}
+        self.corrected: set[str] = set()
 
     def own_biases(self) -> None:
-        """Give every layer a bias that nothing else reads, zeros where it had none."""
+        """Give every layer a bias that nothing else reads, zeros where it had none.
+
+        One that is computed while the model runs (BEiT joins three) can't be changed, and that
+        layer's isn't.
+        """
         for node in self.nodes.values():
-            weight = self._weight(node)
-            old = constant(self.graph_module, node.args[2]) if len(node.args) > 2 else None
+            weight, part = self._weight(node), [*node.args, None][2]
+            old = constant(self.graph_module, part)
+            if part is not None and old is None:
+                continue
+            self.corrected.add(node.name)
             value = weight.new_zeros(len(weight)) if old is None else old.clone()
             bias = add_tensor(self.graph_module, f"{layer_name(node)}.bias", value, node)
             node.args = (*node.args[:2], bias, *node.args[3:])
@@ -202,7 +211,7 @@ class _Work:
         scores: dict[str, Tensor] = {}
 
         def visit(node: fx.Node, weight: Tensor, statistics: InputStatistics | None) -> None:
-            inputs = self._inputs(statistics)
+            inputs = self._inputs(node, statistics)
             scores[node.name] = self.method.score(to_matrix(weight.float()), inputs, self.pattern)
 
         self._visit_all(images if self.method.needs != "nothing" else [], visit, advance)
@@ -216,25 +225,25 @@ class _Work:
     def _prune_layer(
         self, node: fx.Node, weight: Tensor, statistics: InputStatistics | None
     ) -> None:
-        old, inputs = to_matrix(weight.float()), self._inputs(statistics)
+        old, inputs = to_matrix(weight.float()), self._inputs(node, statistics)
         new = prune_matrix(self.method, old, inputs, self.pattern, self.zeros[node.name])
         change = new - old
         if inputs.gram is not None:
             error = ((change @ inputs.gram) * change).sum(dtype=torch.float64)
             total = ((old @ inputs.gram) * old).sum(dtype=torch.float64)
             self.output_errors[node.name] = float(error / total.clamp(min=1e-30))
-        if self.options.bias_correction and statistics is not None:
+        if node.name in self.corrected and statistics is not None:
             bias = constant(self.graph_module, node.args[2])
             assert bias is not None
             bias.sub_((change.double() @ statistics.mean).to(bias))
         weight.copy_(from_matrix(new, weight))  # the copy's own: nothing else reads it
 
-    def _inputs(self, statistics: InputStatistics | None) -> LayerInputs:
+    def _inputs(self, node: fx.Node, statistics: InputStatistics | None) -> LayerInputs:
         if statistics is None or self.method.needs == "nothing":
             return LayerInputs()
         if self.method.needs == "norms":
             return LayerInputs(statistics.squares)
-        gram = statistics.gram(centred=self.options.bias_correction)
+        gram = statistics.gram(centred=node.name in self.corrected)
         damping = self.options.damping + len(gram) / statistics.rows
         return LayerInputs(statistics.squares, gram, damping)
 
@@ -301,7 +310,7 @@ def _record(
         "method": work.method.name,
         "source": work.method.source,
         "allocation": options.allocation,
-        "bias_correction": options.bias_correction,
+        "biases_corrected": len(work.corrected),
         "images": images,
         "statistics": (
             "none" if not images else "one pass, each layer's inputs as the sparse layers before "

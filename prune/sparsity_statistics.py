@@ -57,8 +57,8 @@ class InputStatistics:
                 self._gram.addmm_(rows.t(), rows)
 
     def _image_bytes(self, args: Any) -> int:
-        x, kernel = args[0], args[1].shape[2:]
-        return 4 * int(kernel.numel()) * (x[:1].numel())
+        """Of one image's unfolded inputs."""
+        return int(4 * args[1].shape[2:].numel() * args[0][:1].numel())
 
     def check(self) -> None:
         """

@@ -185,6 +185,32 @@ def test_a_layer_without_a_bias_gets_one_where_it_is_corrected() -> None:
         SparsityOptions())[0])  # fmt: skip
 
 
+class Joined(nn.Module):
+    """A bias made of two while the model runs, as BEiT's is of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 48))
+        self.left, self.right = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.avg_pool2d(x, 8).flatten(1)
+        return self.head(nn.functional.linear(x, self.weight, torch.cat([self.left, self.right])))
+
+
+def test_a_bias_that_is_computed_stays() -> None:
+    torch.manual_seed(0)
+    model = captured(Joined())
+    for method in ("magnitude", "sparsegpt"):
+        sparse, record = sparsify(model, SparsityOptions("2:4", method, bias_correction=True),
+            batches())  # fmt: skip
+        assert record.details["biases_corrected"] == 1
+        first = next(n for n in sparse.graph_module.graph.nodes if is_op(n, *LAYER_OPS))
+        assert is_op(first.args[2], torch.ops.aten.cat.default)
+        assert record.details["zeros"] == 16 * 24 + 8 * 8
+
+
 def test_inputs_come_from_the_layers_that_are_sparse_already() -> None:
     """The second layer sees what the sparse first one gives: its own error is measured there."""
     first, second = nn.Linear(64, 64), nn.Linear(64, 16)

@@ -53,8 +53,13 @@ class _Learner:
         inside = set(unit.nodes)
         layers = [layer for gelu in self.gelus for layer in _around(gelu) if layer in inside]
         self.parameters: dict[fx.Node, list[nn.Parameter | None]] = {}
+        self.keep: dict[
+            fx.Node, Tensor
+        ] = {}  # where a weight is 0, as one that was pruned, it stays so
         for layer in dict.fromkeys(layers):
             values = [constant(graph_module, arg) for arg in [*layer.args[1:3], None][:2]]
+            assert values[0] is not None
+            self.keep[layer] = values[0] != 0
             self.parameters[layer] = [
                 None if value is None else nn.Parameter(value.float().clone()) for value in values
             ]
@@ -72,7 +77,8 @@ class _Learner:
 
         def layer(node: fx.Node, args: Sequence[Any]) -> Any:
             weight, bias = self.parameters[node]
-            return call(node, [args[0], weight, bias, *args[3:]])
+            assert weight is not None
+            return call(node, [args[0], weight * self.keep[node], bias, *args[3:]])
 
         names = dict.fromkeys([node.name for node in self.parameters], layer)
         return names | dict.fromkeys([gelu.name for gelu in self.gelus], relu)

@@ -16,7 +16,8 @@ class AdaRoundWeight(nn.Module):
     """``s * clip(floor(W / s) + h(V))`` with ``h`` a stretched, clipped sigmoid.
 
     AdaRound (arXiv 2004.10568, eq. 22 to 24). V starts where ``h`` gives W back exactly, or, given
-    codes, half way from there to the side they chose.
+    codes, half way from there to the side they chose. A weight that is 0, as one that was pruned,
+    keeps code 0.
 
     Attributes:
         logits: V, the weight's shape.
@@ -24,6 +25,7 @@ class AdaRoundWeight(nn.Module):
 
     scale: Tensor
     floor: Tensor
+    keep: Tensor
 
     def __init__(self, weight: Tensor, start: QuantizedWeight) -> None:
         super().__init__()
@@ -37,6 +39,7 @@ class AdaRoundWeight(nn.Module):
         codes = start.codes.float()
         floor = torch.where(codes < floor, codes, torch.where(codes > floor + 1, codes - 1, floor))
         self.register_buffer("floor", floor.clamp_(low, high))
+        self.register_buffer("keep", weight != 0)
         rest = (ratio - floor).clamp(0.01, 0.99)
         chosen = (codes - floor).clamp(0, 1)
         rest = 0.5 * (rest + (0.5 + 0.4 * (2 * chosen - 1)))
@@ -53,16 +56,17 @@ class AdaRoundWeight(nn.Module):
 
     def forward(self) -> Tensor:
         low, high = self.limits
-        result: Tensor = (self.floor + self.soft()).clamp(low, high) * self.scale
+        codes = (self.floor + self.soft()).clamp(low, high)
+        result: Tensor = codes * self.keep * self.scale
         return result
 
     def penalty(self, beta: float) -> Tensor:
         """``sum 1 - |2 h - 1|^beta``: pushes every h to 0 or 1."""
-        return (1 - (2 * self.soft() - 1).abs().pow(beta)).sum()
+        return ((1 - (2 * self.soft() - 1).abs().pow(beta)) * self.keep).sum()
 
     @torch.no_grad()
     def harden(self) -> QuantizedWeight:
         """The codes it came to."""
         low, high = self.limits
-        codes = (self.floor + (self.soft() >= 0.5)).clamp(low, high)
+        codes = (self.floor + (self.soft() >= 0.5)).clamp(low, high) * self.keep
         return QuantizedWeight(codes.to(torch.int8), self.scale.flatten(), self.bits)

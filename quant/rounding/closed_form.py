@@ -42,7 +42,12 @@ def remaining_error(change: Tensor, covariance: Tensor, cross: Tensor) -> float:
 
 
 def gptq_codes(
-    weight: Tensor, scale: Tensor, bits: int, covariance: Tensor, damping: float = 0.01
+    weight: Tensor,
+    scale: Tensor,
+    bits: int,
+    covariance: Tensor,
+    damping: float = 0.01,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Round column by column; each column's error is made up for by those still to come.
 
@@ -55,6 +60,8 @@ def gptq_codes(
         bits: width of the codes.
         covariance: of the layer's input, (G, K, K).
         damping: part of the mean diagonal added to it.
+        keep: bool (G, O, K); where it is False the code is 0, and the columns still to come make
+            up for that, too (as in SparseGPT's joint pruning, arXiv 2301.00774). None: all.
 
     Returns:
         Integer-valued float32 codes (G, O, K) in ``-2**(bits-1) .. 2**(bits-1)-1``.
@@ -65,12 +72,16 @@ def gptq_codes(
     # Columns first, so that each one lies together in memory.
     rest = weight.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, weight.shape[1]))
     factor = feedback_factor(damped(covariance, damping), order)
+    if keep is not None:
+        keep = keep.transpose(1, 2).gather(1, order[:, :, None].expand_as(rest))
     codes = torch.empty_like(rest)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         errors = torch.empty_like(rest[:, start:end])
         for i in range(start, end):
             code = torch.round(rest[:, i] / scale).clamp_(lowest, highest)
+            if keep is not None:
+                code *= keep[:, i]
             codes[:, i] = code
             error = (rest[:, i] - code * scale) / factor[:, i, i, None]
             errors[:, i - start] = error

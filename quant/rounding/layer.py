@@ -127,8 +127,9 @@ def _round_layer(
     shape, both = moments.shape, moments.both()
     covariance = both.covariance()
     matrices = target = shape.matrices(weight.float())
+    keep = matrices != 0  # a pruned weight stays so: sparse kernels and packed files need it
     if options.method == "erq":
-        target = matrices + _correction(moments, both, options.ridges)
+        target = matrices + _correction(moments, both, options.ridges, keep)
     scale = safe_scale(
         target.reshape(weight.shape),
         plan.weight_bits,
@@ -141,7 +142,7 @@ def _round_layer(
         codes = symmetric_codes(target, steps[..., None], plan.weight_bits)
     else:
         damping = options.damping + shape.inputs / both.rows
-        codes = gptq_codes(target, steps, plan.weight_bits, covariance, damping)
+        codes = gptq_codes(target, steps, plan.weight_bits, covariance, damping, keep)
     state.targets[node.name] = target.reshape(weight.shape)
     change = codes * steps[..., None] - matrices
     state.weights[node.name] = QuantizedWeight(
@@ -154,21 +155,24 @@ def _round_layer(
         state.biases[node.name] = old + drift.reshape(-1)
 
 
-def _correction(moments: LayerMoments, both: Moments, ridges: Sequence[float]) -> Tensor:
+def _correction(
+    moments: LayerMoments, both: Moments, ridges: Sequence[float], keep: Tensor
+) -> Tensor:
     """The ridge correction whose damping did best on the half of the rows it wasn't fitted on.
 
-    None at all if every one made that half worse: few rows predict noise.
+    None at all if every one made that half worse: few rows predict noise. It is 0 where ``keep``
+    is False.
     """
     fitted, unseen = moments.halves
     covariance, cross = fitted.covariance(), fitted.cross_covariance()
     test_covariance, test_cross = unseen.covariance(), unseen.cross_covariance()
     best, best_error = None, 0.0
     for ridge in ridges:
-        change = ridge_correction(covariance, cross, ridge)
+        change = ridge_correction(covariance, cross, ridge) * keep
         error = remaining_error(change, test_covariance, test_cross)
         if error < best_error:
             best, best_error = ridge, error
     if best is None:
         shape = both.shape
         return torch.zeros(shape.groups, shape.outputs, shape.inputs)
-    return ridge_correction(both.covariance(), both.cross_covariance(), best)
+    return ridge_correction(both.covariance(), both.cross_covariance(), best) * keep
