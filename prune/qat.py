@@ -34,7 +34,7 @@ class _Round(torch.autograd.Function):
     """``(clamp(round(x / s + z), low, high) - z) * s`` with LSQ's gradients.
 
     Esser et al., "Learned step size quantization", equations 3 and 5: the value's gradient
-    passes where its code isn't clamped; the step's is ``round(v) - v`` there, and the bound elsewhere.
+    passes where its code isn't clamped; the step's is ``round(v) - v`` there, the bound elsewhere.
     """
 
     @staticmethod
