@@ -81,7 +81,7 @@ class Training:
         self.state = _State(total=self._steps_asked())
         self.best: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
-        self.since, self.began = 0, 0.0
+        self.since, self.began, self.judging = 0, 0.0, 0.0
 
     def run(self, steps: Steps) -> dict[str, Tensor]:
         """Train, or go on with the training that the checkpoint holds.
@@ -92,17 +92,15 @@ class Training:
         optimizer = torch.optim.AdamW(self._groups(), lr=self.options.lr)
         self._restore(optimizer)
         self.began = time.monotonic() - self.state.seconds
-        judging = 0.0
         if not self.state.before:
-            judgement = self.judge(self.student)
-            judging = self._clock()
+            judgement = self._judge(self.student)
             self.stop.update(judgement)
             self.best = self._copy(self.student)
             self.state.before = {"drop": judgement.drop, "kl": judgement.kl}
         if self.state.finished:
             return self.best
         if not self.stop.reason:
-            self._train(optimizer, steps, judging)
+            self._train(optimizer, steps)
         self.state.finished = True
         self.state.seconds = self._clock()
         self._save(optimizer)
@@ -112,7 +110,6 @@ class Training:
         self,
         optimizer: torch.optim.Optimizer,
         steps: Steps,
-        judging: float,
     ) -> None:
         state, options, accelerator = self.state, self.options, self.accelerator
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -136,7 +133,7 @@ class Training:
                 if state.step == paced_from + 1:
                     paced = self._clock()  # the first step is slower than others
                 if not state.planned and state.step == paced_from + 1 + _PACED_STEPS:
-                    self._plan((self._clock() - paced) / _PACED_STEPS, judging)
+                    self._plan((self._clock() - paced) / _PACED_STEPS)
                 late = self._late()
                 if state.step % self._interval() and state.step < state.total and not late:
                     continue
@@ -178,7 +175,7 @@ class Training:
         if not math.isfinite(loss):
             message = f"the recovery's loss is no number at step {self.state.step}"
             raise DeploykitError(f"{message}; a lower recover.lr may help")
-        judgement = self.judge(self.average.module)
+        judgement = self._judge(self.average.module)
         if self.stop.update(judgement):
             self.best = self._copy(self.average.module)
         self.state.history.append(
@@ -193,28 +190,34 @@ class Training:
         world = self.options.batch_size * int(self.accelerator.num_processes)
         return max(1, math.ceil(self.options.epochs * len(self.data.train) / world))
 
+    def _judge(self, module: torch.nn.Module) -> Judgement:
+        before = self._clock()
+        judgement = self.judge(module)
+        self.judging = self._clock() - before
+        return judgement
+
     def _clock(self) -> float:
         """Seconds of training so far, those before an interruption included."""
         return time.monotonic() - self.began
 
-    def _plan(self, step_seconds: float, judging: float) -> None:
+    def _plan(self, step_seconds: float) -> None:
         """Cut the number of steps to what fits into the time, evaluations included."""
         state, limit = self.state, self.options.max_seconds
         state.planned = True
         if limit is None:
             return
-        left = limit - self._clock() - judging * (self.options.evaluations + 1)
+        left = limit - self._clock() - self.judging * self.options.evaluations
         fits = state.step + max(1, int(left / max(step_seconds, 1e-9)))
         from accelerate.utils import broadcast_object_list
 
         (state.total,) = broadcast_object_list([min(state.total, fits)])
 
     def _late(self) -> bool:
-        """Whether the time is over; the same answer in every process."""
+        """Whether what is left is for one evaluation; the same answer in every process."""
         limit = self.options.max_seconds
         if limit is None:
             return False
-        if self._clock() > limit:
+        if self._clock() + self.judging > limit:
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())
 
