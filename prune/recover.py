@@ -85,7 +85,7 @@ def recover(
     data = split(images, student.backbone, options)
     parts, left_out = _parts(student, teacher, options)
 
-    accelerator = accelerator_class(mixed_precision="bf16" if options.precision == "bf16" else "no")
+    accelerator = accelerator_class()
     keys = [(loss, place) for loss, places in parts.items() for place in places]
     training = _tapped(student.graph_module, keys, accelerator.device)
     tapped_teacher = _tapped(teacher.graph_module, keys, accelerator.device)
@@ -107,6 +107,7 @@ def recover(
         tapped_teacher,
         data.judged(accelerator.process_index, accelerator.num_processes),
         next(f"{loss}|{place}" for loss, place in keys if place == "logits"),
+        options.precision,
     )
     work = Training(
         accelerator, training, tapped_teacher, parts, options,

@@ -18,7 +18,7 @@ from deploykit.prune.distill_losses import LOSSES, Lesson
 from deploykit.prune.recover_checkpoint import load_checkpoint, save_checkpoint
 from deploykit.prune.recover_data import Split
 from deploykit.prune.recover_ema import moving_average
-from deploykit.prune.recover_judge import Judge
+from deploykit.prune.recover_judge import Judge, autocast
 from deploykit.prune.recover_options import RecoverOptions
 from deploykit.prune.recover_progress import Steps
 from deploykit.prune.recover_stop import EarlyStop, Judgement
@@ -148,7 +148,7 @@ class Training:
                 advance = stack.enter_context(steps(self._title(), self._next_stop() - state.step))
 
     def _loss(self, model: Any, images: Tensor, labels: Tensor) -> Tensor:
-        with self.accelerator.autocast():
+        with autocast(images.device, self.options.precision):
             with torch.no_grad():
                 wanted = self.teacher(images)
             given = model(images)
