@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from deploykit.errors import DeploykitError
 from deploykit.prune.distill_losses import LOSSES, Lesson
+from deploykit.prune.qat import PREFIX
 from deploykit.prune.recover_checkpoint import load_checkpoint, save_checkpoint
 from deploykit.prune.recover_data import Split
 from deploykit.prune.recover_ema import moving_average
@@ -249,7 +250,7 @@ class Training:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name in self.names:
             parameter = named_parameters[name]
-            ranges = name.endswith(".log_scale")
+            ranges = name.startswith(PREFIX)
             decay = options.weight_decay if parameter.ndim > 1 and not ranges else 0.0
             rate = options.lr * (_RANGES_FASTER if ranges else 1.0)
             groups.setdefault((rate, decay), []).append(parameter)
