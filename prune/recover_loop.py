@@ -82,6 +82,7 @@ class Training:
         self.state = _State(total=self._steps_asked())
         self.best: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
+        self.moments: dict[tuple[str, str], Tensor] = {}
         self.since, self.began, self.judging = 0, 0.0, 0.0
 
     def run(self, steps: Steps) -> dict[str, Tensor]:
@@ -91,7 +92,7 @@ class Training:
             DeploykitError: the loss is no longer a number.
         """
         optimizer = torch.optim.AdamW(self._groups(), lr=self.options.lr)
-        self._restore(optimizer)
+        self._restore()
         self.began = time.monotonic() - self.state.seconds
         if not self.state.before:
             judgement = self._judge(self.student)
@@ -107,16 +108,13 @@ class Training:
         self._save(optimizer)
         return self.best
 
-    def _train(
-        self,
-        optimizer: torch.optim.Optimizer,
-        steps: Steps,
-    ) -> None:
+    def _train(self, optimizer: torch.optim.Optimizer, steps: Steps) -> None:
         state, options, accelerator = self.state, self.options, self.accelerator
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, self._rate, last_epoch=state.step - 1
         )
         model, stepper, loader = accelerator.prepare(self.student, optimizer, self._batches())
+        self._restore_moments(optimizer)  # accelerate moves what is there to the device
         trained = [p for p in self.student.parameters() if p.requires_grad]
         paced, paced_from = self._clock(), state.step
         with contextlib.ExitStack() as stack:
@@ -284,7 +282,7 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
-    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+    def _restore(self) -> None:
         found = None if self.checkpoint is None else load_checkpoint(self.checkpoint, self.run_id)
         if found is None:
             return
@@ -302,9 +300,15 @@ class Training:
             elif kind == "average":
                 averages[name].copy_(value)
             else:
-                part = kind.removeprefix("optimizer.")
-                place = value if part == "step" else value.to(parameters[name].device)
-                optimizer.state[parameters[name]][part] = place
+                self.moments[kind.removeprefix("optimizer."), name] = value
+
+    def _restore_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """AdamW's state. Its counts of steps stay in main memory, where it wants them."""
+        parameters = self._trained()
+        for (part, name), value in self.moments.items():
+            place = value if part == "step" else value.to(parameters[name].device)
+            optimizer.state[parameters[name]][part] = place
+        self.moments = {}
 
     def _trained(self) -> dict[str, Tensor]:
         every = dict(self.student.named_parameters())
