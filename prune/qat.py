@@ -19,11 +19,12 @@ from deploykit.graph.edit import is_op, layer_name
 from deploykit.prune.distill_taps import with_taps
 from deploykit.prune.recover_options import QatOptions
 
-__all__ = ["FakeQuantize", "fit_scale", "insert_fake_quantizers", "rounded_weights"]
+__all__ = ["PREFIX", "FakeQuantize", "fit_scale", "insert_fake_quantizers", "rounded_weights"]
 
 aten = torch.ops.aten
 
 FLOAT = 16
+PREFIX = "fake_quantize_"
 _LAYERS = (aten.linear.default, aten.conv2d.default, aten.conv1d.default)
 _SAMPLE = 1 << 16
 _SHRINKS = torch.linspace(0.2, 1.0, 33)
@@ -34,7 +35,7 @@ class _Round(torch.autograd.Function):
     """``(clamp(round(x / s + z), low, high) - z) * s`` with LSQ's gradients.
 
     Esser et al., "Learned step size quantization", equations 3 and 5: the value's gradient
-    passes where its code isn't clamped; the step's is ``round(v) - v`` there, and the bound elsewhere.
+    passes where its code isn't clamped; the step's is ``round(v) - v`` there, the bound elsewhere.
     """
 
     @staticmethod
@@ -170,7 +171,7 @@ def insert_fake_quantizers(
             quantizer = _for_weight(
                 graph_module.get_parameter(str(weight.target)), weight_bits, learnt
             )
-            name = f"fake_quantize_{node.name}_weight"
+            name = f"{PREFIX}{node.name}_weight"
             node.replace_input_with(weight, _call(graph_module, name, quantizer, weight, node))
         if input_bits == FLOAT:
             continue
@@ -179,7 +180,7 @@ def insert_fake_quantizers(
             quantizer = FakeQuantize(
                 scale[0], zero[0], *_codes(input_bits, symmetric=False), learnt=learnt
             )
-            name = f"fake_quantize_{node.name}_input"
+            name = f"{PREFIX}{node.name}_input"
             shared[source, input_bits] = _call(graph_module, name, quantizer, source, node)
         node.replace_input_with(source, shared[source, input_bits])
     graph_module.graph.lint()

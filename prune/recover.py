@@ -18,7 +18,7 @@ from deploykit.errors import TargetMissingError, UsageError
 from deploykit.graph.capture import CapturedModel
 from deploykit.prune.distill_losses import LOSSES
 from deploykit.prune.distill_taps import comparable, with_taps
-from deploykit.prune.qat import insert_fake_quantizers, rounded_weights
+from deploykit.prune.qat import PREFIX, insert_fake_quantizers, rounded_weights
 from deploykit.prune.recover_checkpoint import fingerprint
 from deploykit.prune.recover_data import Images, split
 from deploykit.prune.recover_judge import Judge
@@ -62,6 +62,9 @@ def recover(
     statistics stay. Images come with their augmentation; held-out ones without it where the data
     set has ``evaluation()``.
 
+    Memory: about eight times the weights (student, teacher, gradients, AdamW's two moments, the
+    average, the best), and the activations of one batch.
+
     On several GPUs start the program with ``torchrun`` or ``accelerate launch``.
 
     Args:
@@ -85,7 +88,7 @@ def recover(
     data = split(images, student.backbone, options)
     parts, left_out = _parts(student, teacher, options)
 
-    accelerator = accelerator_class(mixed_precision="bf16" if options.precision == "bf16" else "no")
+    accelerator = accelerator_class()
     keys = [(loss, place) for loss, places in parts.items() for place in places]
     training = _tapped(student.graph_module, keys, accelerator.device)
     tapped_teacher = _tapped(teacher.graph_module, keys, accelerator.device)
@@ -96,8 +99,8 @@ def recover(
         rounded = insert_fake_quantizers(
             training, qat, lambda: data.calibration(qat.calibration_batches)
         )
-    learnt = [n for n, p in training.named_parameters() if n.endswith("log_scale")]
-    learnt = [n for n in learnt if training.get_parameter(n).requires_grad]
+    ranges = [(n, p) for n, p in training.named_parameters() if n.startswith(PREFIX)]
+    learnt = [name for name, parameter in ranges if parameter.requires_grad]
 
     for parameter in tapped_teacher.parameters():
         parameter.requires_grad_(False)
@@ -107,6 +110,7 @@ def recover(
         tapped_teacher,
         data.judged(accelerator.process_index, accelerator.num_processes),
         next(f"{loss}|{place}" for loss, place in keys if place == "logits"),
+        options.precision,
     )
     work = Training(
         accelerator, training, tapped_teacher, parts, options,

@@ -11,7 +11,12 @@ from torch.utils.data import DataLoader
 
 from deploykit.prune.recover_stop import Judgement
 
-__all__ = ["Judge"]
+__all__ = ["Judge", "autocast"]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Torch's autocast; accelerate's own can't be changed within a process."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 class Judge:
@@ -23,6 +28,7 @@ class Judge:
         accelerator: accelerate's ``Accelerator``.
         loader: held-out images of this process and their labels, -1 where there is none.
         output: the name under which the models return their logits.
+        precision: ``fp32`` or ``bf16``.
     """
 
     def __init__(
@@ -31,9 +37,10 @@ class Judge:
         teacher: nn.Module,
         loader: DataLoader[Any],
         output: str,
+        precision: str,
     ) -> None:
         self.accelerator, self.teacher, self.loader = accelerator, teacher, loader
-        self.output = output
+        self.output, self.precision = output, precision
         self.answers: list[Tensor] = []
 
     @torch.no_grad()
@@ -43,7 +50,7 @@ class Judge:
         known = bool(self.answers)
         for number, (images, labels) in enumerate(self.loader):
             on_device = images.to(device)
-            with self.accelerator.autocast():
+            with autocast(device, self.precision):
                 if not known:
                     self.answers.append(self.teacher(on_device)[self.output].float().cpu())
                 guess = student(on_device)[self.output].float().cpu()

@@ -15,10 +15,11 @@ from torch import Tensor, fx
 
 from deploykit.errors import DeploykitError
 from deploykit.prune.distill_losses import LOSSES, Lesson
+from deploykit.prune.qat import PREFIX
 from deploykit.prune.recover_checkpoint import load_checkpoint, save_checkpoint
 from deploykit.prune.recover_data import Split
 from deploykit.prune.recover_ema import moving_average
-from deploykit.prune.recover_judge import Judge
+from deploykit.prune.recover_judge import Judge, autocast
 from deploykit.prune.recover_options import RecoverOptions
 from deploykit.prune.recover_progress import Steps
 from deploykit.prune.recover_stop import EarlyStop, Judgement
@@ -81,7 +82,8 @@ class Training:
         self.state = _State(total=self._steps_asked())
         self.best: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
-        self.since, self.began = 0, 0.0
+        self.moments: dict[tuple[str, str], Tensor] = {}
+        self.since, self.began, self.judging = 0, 0.0, 0.0
 
     def run(self, steps: Steps) -> dict[str, Tensor]:
         """Train, or go on with the training that the checkpoint holds.
@@ -90,35 +92,29 @@ class Training:
             DeploykitError: the loss is no longer a number.
         """
         optimizer = torch.optim.AdamW(self._groups(), lr=self.options.lr)
-        self._restore(optimizer)
+        self._restore()
         self.began = time.monotonic() - self.state.seconds
-        judging = 0.0
         if not self.state.before:
-            judgement = self.judge(self.student)
-            judging = self._clock()
+            judgement = self._judge(self.student)
             self.stop.update(judgement)
             self.best = self._copy(self.student)
             self.state.before = {"drop": judgement.drop, "kl": judgement.kl}
         if self.state.finished:
             return self.best
         if not self.stop.reason:
-            self._train(optimizer, steps, judging)
+            self._train(optimizer, steps)
         self.state.finished = True
         self.state.seconds = self._clock()
         self._save(optimizer)
         return self.best
 
-    def _train(
-        self,
-        optimizer: torch.optim.Optimizer,
-        steps: Steps,
-        judging: float,
-    ) -> None:
+    def _train(self, optimizer: torch.optim.Optimizer, steps: Steps) -> None:
         state, options, accelerator = self.state, self.options, self.accelerator
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, self._rate, last_epoch=state.step - 1
         )
         model, stepper, loader = accelerator.prepare(self.student, optimizer, self._batches())
+        self._restore_moments(optimizer)  # accelerate moves what is there to the device
         trained = [p for p in self.student.parameters() if p.requires_grad]
         paced, paced_from = self._clock(), state.step
         with contextlib.ExitStack() as stack:
@@ -136,7 +132,7 @@ class Training:
                 if state.step == paced_from + 1:
                     paced = self._clock()  # the first step is slower than others
                 if not state.planned and state.step == paced_from + 1 + _PACED_STEPS:
-                    self._plan((self._clock() - paced) / _PACED_STEPS, judging)
+                    self._plan((self._clock() - paced) / _PACED_STEPS)
                 late = self._late()
                 if state.step % self._interval() and state.step < state.total and not late:
                     continue
@@ -151,7 +147,7 @@ class Training:
                 advance = stack.enter_context(steps(self._title(), self._next_stop() - state.step))
 
     def _loss(self, model: Any, images: Tensor, labels: Tensor) -> Tensor:
-        with self.accelerator.autocast():
+        with autocast(images.device, self.options.precision):
             with torch.no_grad():
                 wanted = self.teacher(images)
             given = model(images)
@@ -178,7 +174,7 @@ class Training:
         if not math.isfinite(loss):
             message = f"the recovery's loss is no number at step {self.state.step}"
             raise DeploykitError(f"{message}; a lower recover.lr may help")
-        judgement = self.judge(self.average.module)
+        judgement = self._judge(self.average.module)
         if self.stop.update(judgement):
             self.best = self._copy(self.average.module)
         self.state.history.append(
@@ -193,28 +189,34 @@ class Training:
         world = self.options.batch_size * int(self.accelerator.num_processes)
         return max(1, math.ceil(self.options.epochs * len(self.data.train) / world))
 
+    def _judge(self, module: torch.nn.Module) -> Judgement:
+        before = self._clock()
+        judgement = self.judge(module)
+        self.judging = self._clock() - before
+        return judgement
+
     def _clock(self) -> float:
         """Seconds of training so far, those before an interruption included."""
         return time.monotonic() - self.began
 
-    def _plan(self, step_seconds: float, judging: float) -> None:
+    def _plan(self, step_seconds: float) -> None:
         """Cut the number of steps to what fits into the time, evaluations included."""
         state, limit = self.state, self.options.max_seconds
         state.planned = True
         if limit is None:
             return
-        left = limit - self._clock() - judging * (self.options.evaluations + 1)
+        left = limit - self._clock() - self.judging * self.options.evaluations
         fits = state.step + max(1, int(left / max(step_seconds, 1e-9)))
         from accelerate.utils import broadcast_object_list
 
         (state.total,) = broadcast_object_list([min(state.total, fits)])
 
     def _late(self) -> bool:
-        """Whether the time is over; the same answer in every process."""
+        """Whether what is left is for one evaluation; the same answer in every process."""
         limit = self.options.max_seconds
         if limit is None:
             return False
-        if self._clock() > limit:
+        if self._clock() + self.judging > limit:
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())
 
@@ -246,7 +248,7 @@ class Training:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name in self.names:
             parameter = named_parameters[name]
-            ranges = name.endswith(".log_scale")
+            ranges = name.startswith(PREFIX)
             decay = options.weight_decay if parameter.ndim > 1 and not ranges else 0.0
             rate = options.lr * (_RANGES_FASTER if ranges else 1.0)
             groups.setdefault((rate, decay), []).append(parameter)
@@ -280,7 +282,7 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
-    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+    def _restore(self) -> None:
         found = None if self.checkpoint is None else load_checkpoint(self.checkpoint, self.run_id)
         if found is None:
             return
@@ -298,9 +300,15 @@ class Training:
             elif kind == "average":
                 averages[name].copy_(value)
             else:
-                part = kind.removeprefix("optimizer.")
-                place = value if part == "step" else value.to(parameters[name].device)
-                optimizer.state[parameters[name]][part] = place
+                self.moments[kind.removeprefix("optimizer."), name] = value
+
+    def _restore_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """AdamW's state. Its counts of steps stay in main memory, where it wants them."""
+        parameters = self._trained()
+        for (part, name), value in self.moments.items():
+            place = value if part == "step" else value.to(parameters[name].device)
+            optimizer.state[parameters[name]][part] = place
+        self.moments = {}
 
     def _trained(self) -> dict[str, Tensor]:
         every = dict(self.student.named_parameters())

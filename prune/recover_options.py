@@ -72,7 +72,7 @@ class RecoverOptions:
     losses: tuple[tuple[str, float], ...] = (("logits", 1.0), ("features", 1.0))
     temperature: float = 2.0
     feature_weights: tuple[tuple[str, float], ...] = ()
-    lr: float = 1e-4
+    lr: float = 2e-5
     weight_decay: float = 0.0
     warmup: float = 0.05
     batch_size: int = 32

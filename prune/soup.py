@@ -1,7 +1,8 @@
 """Model soups: several recoveries of one student, averaged into a single model of the same cost.
 
 Wortsman et al., "Model soups" (ICML 2022). All must have started from the same weights, or their
-average means nothing; and averages are made before quantisation, since codes can't be averaged.
+average means nothing; and averages are made before quantisation (and before quantisation-aware
+training), since an average of codes is no code.
 """
 
 from __future__ import annotations

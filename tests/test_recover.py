@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deploykit.errors import DeploykitError, ExitCode, TargetMissingError, UsageError
 from deploykit.export.onnx import onnx_bytes
@@ -20,6 +20,7 @@ from deploykit.graph.capture import CapturedModel
 from deploykit.prune.recover import RecoverOptions, recover
 from deploykit.prune.recover_checkpoint import CHECKPOINT_NAME
 from deploykit.prune.semi_structured import mask_2_4
+from tests.graphs import captured
 from tests.recovery import QUICK, Interrupt, Waves, cnn, damaged, kl, same, sparse_vit, vit, weights
 
 pytest.importorskip("accelerate")
@@ -87,6 +88,76 @@ def test_nothing_worse_than_what_came_is_returned() -> None:
     recovered, record = recover(student, teacher, options, Waves(64))
     assert same(recovered, student)
     assert record.details["stopped"] == "no better in 2 evaluations"
+
+
+def test_a_narrower_student_learns_from_what_can_be_compared() -> None:
+    """Another width inside, as structured pruning leaves it: logits and one block are left."""
+    torch.manual_seed(0)
+    narrow = captured(Residuals(inner=12))
+    teacher = captured(Residuals(inner=16))
+    options = replace(
+        QUICK, losses=(("logits", 1.0), ("features", 1.0), ("attention", 1.0)), lr=3e-3
+    )
+    recovered, record = recover(narrow, teacher, options, Waves())
+    assert kl(recovered, teacher) < 0.5 * kl(narrow, teacher)
+    assert list(record.details["losses"]) == ["logits", "features"]
+    assert list(record.details["losses"]["features"]) == ["outer"]
+    assert record.details["left_out"] == {"features": {"inner.0": "student 12×8×8, teacher 16×8×8"}}
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x).relu()
+
+
+class Residuals(nn.Module):
+    """A residual block at a width of 8, and one inside at a width that can be pruned."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.stem, self.outer = nn.Conv2d(3, 8, 4, 4), Residual(8)
+        self.inner = nn.Sequential(Residual(inner))
+        self.widen, self.head = nn.Conv2d(8, inner, 1), nn.Linear(inner, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.widen(self.outer(self.stem(x)))).mean((2, 3)))
+
+
+def test_attention_maps_are_learnt_where_asked() -> None:
+    """Only they: the student's maps come nearer, and the record says what was compared."""
+    options = replace(QUICK, losses=(("attention", 1.0),), epochs=2)
+    recovered, record = recover(damaged(vit()), vit(), options, Waves())
+    first, *_, last = (row["parts"] for row in record.details["history"])
+    assert last["attention|blocks.0.attn"] < 0.7 * first["attention|blocks.0.attn"]
+    assert record.details["losses"]["logits"] == {"logits": 0.0}
+    assert not same(recovered, vit())
+
+
+def test_with_labels_the_drop_is_that_of_accuracy() -> None:
+    with torch.no_grad():
+        labels = vit().graph_module(Waves().pixels).argmax(1)
+    options = replace(QUICK, losses=(("logits", 1.0), ("labels", 0.5)), epochs=1)
+    _, record = recover(damaged(vit()), vit(), options, Waves(labels=labels))
+    best = record.details["best"]
+    assert best["by"] == "labels"
+    assert best["drop"] == pytest.approx(100 - best["agreement"]), "the teacher is always right"
+    assert "labels|logits" in record.details["history"][0]["parts"]
+    halved = torch.where(torch.arange(128) % 2 == 0, labels, -1)
+    _, record = recover(damaged(vit()), vit(), options, Waves(labels=halved))
+    assert record.details["best"]["by"] == "agreement", "not all held-out images have a label"
+
+
+def test_bf16_trains_float_weights_in_the_same_process() -> None:
+    options = replace(QUICK, epochs=1)
+    full, _ = recover(damaged(cnn()), cnn(), options, Waves(64))
+    half, _ = recover(damaged(cnn()), cnn(), replace(options, precision="bf16"), Waves(64))
+    assert not same(full, half)
+    assert kl(half, cnn()) == pytest.approx(kl(full, cnn()), rel=0.1)
+    assert {w.dtype for w in weights(half).values()} == {w.dtype for w in weights(full).values()}
 
 
 # --- determinism and resuming ---

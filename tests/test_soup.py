@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from deploykit.errors import UsageError
 from deploykit.graph.capture import CapturedModel
+from deploykit.prune.recover import QatOptions
+from deploykit.prune.recover_soup import recover_soup
 from deploykit.prune.soup import soup
 from tests.graphs import images
-from tests.recovery import cnn, damaged, kl, same, sparse_vit, vit, weights
+from tests.recovery import QUICK, Waves, cnn, damaged, kl, same, sparse_vit, vit, weights
 
 
 def moved(model: CapturedModel, name: str, amount: float) -> CapturedModel:
@@ -93,3 +98,28 @@ def test_what_cannot_be_averaged_is_refused() -> None:
     wide.graph_module.head.weight = torch.nn.Parameter(torch.zeros(10, 25))
     with pytest.raises(UsageError, match=r"head.weight has another shape"):
         soup([cnn(), wide], "uniform")
+
+
+def test_recoveries_become_a_soup(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    short = replace(QUICK, epochs=1)
+    variants = [short, replace(short, seed=1), replace(short, lr=3e-3)]
+    student = damaged(cnn())
+    mixed, records = recover_soup(student, cnn(), variants, Waves(), checkpoint=tmp_path)
+    assert [record.name for record in records] == ["recover"] * 3 + ["soup"]
+    scores = records[-1].details["scores"]
+    held_out = [record.details["best"]["kl"] for record in records[:3]]
+    assert scores == pytest.approx([-kl for kl in held_out])
+    assert records[-1].details["score"] >= max(scores)
+    assert kl(mixed, cnn()) < kl(student, cnn())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"recovery-{i}" for i in range(3)]
+
+
+def test_recoveries_that_cannot_be_a_soup_are_refused_before_any_work() -> None:
+    for variants, message in [
+        ([], "no recoveries"),
+        ([QUICK, replace(QUICK, split_seed=1)], "hold out the same"),
+        ([QUICK, replace(QUICK, qat=QatOptions())], "quantisation-aware"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            recover_soup(cnn(), cnn(), variants, Waves(0))
