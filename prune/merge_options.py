@@ -8,7 +8,7 @@ from typing import Literal
 
 from deploykit.errors import UsageError
 
-__all__ = ["SCHEDULES", "MergeOptions", "register_schedule", "reductions"]
+__all__ = ["SCHEDULES", "MergeOptions", "reductions", "register_schedule"]
 
 
 @dataclass(frozen=True)

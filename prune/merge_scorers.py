@@ -125,7 +125,9 @@ def mctf(emit: Emitter, view: TokenView, halves: Halves) -> Scored:
     paper divides each inverse by the image's largest: that changes no order and is left out, as
     are its second direction of matching and its reuse of the attention.
     """
-    likeness = emit(aten.mul.Tensor, emit(aten.add.Tensor, _cosine(emit, view.metric, halves), 1.0), 0.5)
+    likeness = emit(
+        aten.mul.Tensor, emit(aten.add.Tensor, _cosine(emit, view.metric, halves), 1.0), 0.5
+    )
     factor = weights = None
     if view.attention is not None:
         axes = list(range(1, len(emit.shape(view.attention)) - 1))
