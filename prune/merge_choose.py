@@ -7,6 +7,7 @@ evaluation accepts is found by bisection.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -215,27 +216,28 @@ def share_out(
     saved = harm = 0.0
     while saved < target:
         moves = []
-        for index in amounts:
-            after = _one_more(amounts, blocks, index, tokens - protected)
+        # One more can take as many from a later block; two can't.
+        for index, more in itertools.product(amounts, (1, 2)):
+            after = _moved(amounts, blocks, index, more, tokens - protected)
             gain = sum(blocks[i].saved * r for i, r in after.items()) - saved
             if gain > 0:
                 worse = sum(blocks[i].total(r) for i, r in after.items()) - harm
-                moves.append((worse / gain, index, after))
+                moves.append((worse / gain, more, index, after))
         if not moves:
             return None
-        amounts = min(moves, key=lambda move: move[:2])[2]
+        amounts = min(moves, key=lambda move: move[:3])[3]
         saved = sum(blocks[i].saved * r for i, r in amounts.items())
         harm = sum(blocks[i].total(r) for i, r in amounts.items())
     return amounts
 
 
-def _one_more(
-    amounts: Mapping[int, int], blocks: Mapping[int, BlockDamage], index: int, free: int
+def _moved(
+    amounts: Mapping[int, int], blocks: Mapping[int, BlockDamage], index: int, more: int, free: int
 ) -> dict[int, int]:
-    """The amounts with one more at ``index``, each within its limit."""
+    """The amounts with ``more`` at ``index``, each within its limit."""
     after = {}
     for other, amount in amounts.items():
-        after[other] = min(amount + (other == index), blocks[other].most, free // 2)
+        after[other] = min(amount + more * (other == index), blocks[other].most, free // 2)
         free -= after[other]
     return after
 

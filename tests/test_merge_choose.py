@@ -72,7 +72,7 @@ def test_the_largest_reduction_within_the_limit_is_chosen(model: CapturedModel) 
     assert record == second
     assert max(seen) > 0
 
-    nothing, record = choose_merging(model, batches(), evaluate, 0.0, OPTIONS, ladder=ladder)
+    nothing, record = choose_merging(model, batches(), evaluate, -1.0, OPTIONS, ladder=ladder)
     assert torch.equal(nothing.graph_module(x), model.graph_module(x))
     assert "no tokens merge" in record.summary
 
