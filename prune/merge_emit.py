@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,6 +69,4 @@ class Emitter:
         return self(aten.slice.Tensor, x, axis, start, end, step)
 
     def item(self, x: fx.Node, index: int) -> fx.Node:
-        import operator
-
         return self(operator.getitem, x, index)

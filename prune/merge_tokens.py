@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from deploykit.errors import UsageError
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.edit import clean
+from deploykit.prune.merge_local import find_local_blocks, merge_locally
 from deploykit.prune.merge_options import MergeOptions, reductions
 from deploykit.prune.merge_scorers import find_scorer
 from deploykit.prune.tokens_blocks import AttentionBlock, find_blocks
@@ -78,6 +79,8 @@ def merge_tokens(
         UsageError: nothing can be merged, or it would cost more than it saves; the reason.
     """
     scorer = find_scorer(options.scorer)
+    if options.place == "local":
+        return _merge_locally(captured, options)
     blocks, protected = mergeable(captured, options)
     able = [index for index, block in enumerate(blocks) if block.residual is not None]
     wanted = dict(zip(able, reductions(options, len(able)), strict=True))
@@ -109,6 +112,28 @@ def merge_tokens(
         return merged, _record(captured, merged, options, done, declined, protected)
     reason = first_reason or "the blocks that the schedule names can't merge"
     raise UsageError(f"tokens of {captured.backbone.name} can't be merged: {reason}")
+
+
+def _merge_locally(
+    captured: CapturedModel, options: MergeOptions
+) -> tuple[CapturedModel, PassRecord]:
+    example, name = example_of(captured), captured.backbone.name
+    values = ShapeRunner(captured.graph_module).all(example)
+    found = find_local_blocks(captured.graph_module.graph, values)
+    if not found:
+        message = f"tokens of {name} can't be merged locally: no MLP of linear layers and a sum"
+        raise UsageError(message)
+    wanted = reductions(options, len(found))
+    graph_module, _ = shared_copy(captured.graph_module)
+    done, declined = merge_locally(
+        graph_module, example, wanted, find_scorer(options.scorer), options.least_tokens
+    )
+    if not done and any(wanted):
+        block, reason = next(iter(declined.items()), (found[0].name, "the schedule asks for none"))
+        raise UsageError(f"local merging of {name} is refused: at {block}, {reason}")
+    clean(graph_module)
+    merged = replace(captured, graph_module=graph_module)
+    return merged, _record(captured, merged, options, done, declined, 0)
 
 
 def shared_copy(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
@@ -167,11 +192,13 @@ def _record(
         message = f"merging is refused: matching tokens costs more than is saved ({old} multiply-"
         raise UsageError(f"{message}adds before, {new} after)")
     removed = sum(first - last for _, first, last in done)
+    local = options.place == "local"
     share = f"{100 * (1 - new / old):.0f} % fewer multiply-adds"
-    left = f", {done[-1][2]} are left" if done else ""
+    left = f", {done[-1][2]} are left" if done and not local else ""
+    where = "MLPs" if local else "blocks"
     return PassRecord(
         name="merge_tokens",
-        summary=f"{removed} tokens merge in {len(done)} blocks ({options.scorer}){left}; {share}",
+        summary=f"{removed} tokens merge in {len(done)} {where} ({options.scorer}){left}; {share}",
         details={
             "schedule": options.schedule,
             "scorer": options.scorer,

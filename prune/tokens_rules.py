@@ -41,35 +41,25 @@ class Tokens:
     log_sizes: fx.Node | None
 
 
-_ELEMENTWISE = frozenset(
-    """
-    abs add alias bitwise_and bitwise_not clamp clamp_max clamp_min clone contiguous cos detach
-    div elu eq erf exp fmod ge gelu gt hardsigmoid hardswish hardtanh le leaky_relu log
-    logical_and logical_not logical_or lt masked_fill maximum minimum mish mul ne neg pow prelu
-    reciprocal relu relu6 rsqrt rsub sigmoid sign silu sin softplus sqrt square sub tanh to
-    _to_copy type_as where ones_like zeros_like
-    """.split()  # noqa: SIM905
-)
-_MOVES = frozenset(
-    "t mT permute transpose swapaxes swapdims movedim unsqueeze squeeze stack getitem sym_size".split()  # noqa: E501, SIM905
-)
-_RESHAPES = frozenset("reshape view _unsafe_view flatten unflatten".split())  # noqa: SIM905
-_REDUCTIONS = frozenset(
-    [
-        "sum",
-        "mean",
-        "amax",
-        "amin",
-        "linalg_vector_norm",
-        "norm",
-        "argmax",
-        "max",
-        "min",
-        "prod",
-        "var",
-    ]
-)
-_PARTS = frozenset("chunk split split_with_sizes unbind select narrow cat".split())  # noqa: SIM905
+_ELEMENTWISE = frozenset((
+    "abs", "add", "alias", "bitwise_and", "bitwise_not", "clamp", "clamp_max", "clamp_min",
+    "clone", "contiguous", "cos", "detach", "div", "elu", "eq", "erf", "exp", "fmod", "ge",
+    "gelu", "gt", "hardsigmoid", "hardswish", "hardtanh", "le", "leaky_relu", "log",
+    "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum",
+    "mish", "mul", "ne", "neg", "pow", "prelu", "reciprocal", "relu", "relu6", "rsqrt", "rsub",
+    "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "square", "sub", "tanh", "to",
+    "_to_copy", "type_as", "where", "ones_like", "zeros_like",
+))  # fmt: skip
+_MOVES = frozenset((
+    "t", "mT", "permute", "transpose", "swapaxes", "swapdims", "movedim", "unsqueeze",
+    "squeeze", "stack", "getitem", "sym_size",
+))  # fmt: skip
+_RESHAPES = frozenset(["reshape", "view", "_unsafe_view", "flatten", "unflatten"])
+_REDUCTIONS = frozenset((
+    "sum", "mean", "amax", "amin", "linalg_vector_norm", "norm", "argmax", "max", "min", "prod",
+    "var",
+))  # fmt: skip
+_PARTS = frozenset(["chunk", "split", "split_with_sizes", "unbind", "select", "narrow", "cat"])
 _SOFTMAX = frozenset({"softmax", "_softmax"})
 
 

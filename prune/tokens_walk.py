@@ -86,7 +86,7 @@ class Walk:
         if node in self.softmaxes and self.proportional:
             self._weigh_attention(node, merged[0])
         attention = self._is_attention(node)
-        if self._is_token_mean(node, merged[0]):
+        if self._is_token_mean(node):
             self._weigh_mean(node, merged[0])
             return
         tokens = pass_through(node, merged[0], self.old, self.new, self.protected, attention)
@@ -141,7 +141,7 @@ class Walk:
         self.old[biased], self.tokens[biased] = self.old[logits], tokens
         softmax.replace_input_with(logits, biased)
 
-    def _is_token_mean(self, node: fx.Node, tokens: Tokens) -> bool:
+    def _is_token_mean(self, node: fx.Node) -> bool:
         if op_packet(node) != "mean" or self.old[node.args[0]].ndim != 3:
             return False
         source, dims = node.args[0], node.args[1] if len(node.args) > 1 else None
