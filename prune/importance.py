@@ -145,6 +145,8 @@ def unit_scores(groups: Sequence[Group], importance: Importance) -> list[Tensor]
             element = cached[key]
             along = element.transpose(0, part.axis).reshape(element.shape[part.axis], -1)
             per_position = along.sum(1, dtype=torch.float64)
-            sums.index_add_(0, part.copy_numbers * group.units + part.unit, per_position[part.position])
+            sums.index_add_(
+                0, part.copy_numbers * group.units + part.unit, per_position[part.position]
+            )
         found.append(importance.of_sums(sums.reshape(group.copies, group.units)))
     return found

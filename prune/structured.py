@@ -117,9 +117,7 @@ class _Job:
             traced, refused = channel_groups(module, self.example, fixed)
             groups += [g for g in traced if g.kind in scope]
             self.declined |= refused
-        self.groups, refused = reliable_groups(
-            module, groups, self.example, self.options.round_to
-        )
+        self.groups, refused = reliable_groups(module, groups, self.example, self.options.round_to)
         self.declined |= refused
 
     def cost(self) -> Cost:
@@ -274,10 +272,9 @@ def _record(
         "parameters": list(parameters),
         "widths": widths,
         "blocks_removed": blocks,
+        "cost": list(cost),
         "declined": declined,
     }
-    if options.budget == "latency":
-        details["predicted_ms"] = [round(value, 4) for value in cost]
     return PassRecord(
         name="prune_structure",
         summary=f"{gone[0]} and {gone[1]} removed ({', '.join(parts)})",

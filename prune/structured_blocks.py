@@ -25,9 +25,10 @@ def residual_blocks(module: nn.Module, example: Tensor) -> list[str]:
     hooks = []
 
     def note(part: nn.Module, args: tuple[object, ...], output: object) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            if args[0].shape == output.shape:
-                same.add(part)
+        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            return
+        if args[0].shape == output.shape:
+            same.add(part)
 
     listed = {
         f"{path}.{name}".strip("."): child

@@ -140,9 +140,10 @@ class Cost:
         """Cost of the terms a group takes part in, for each share of ``options`` (n,)."""
         table = np.repeat(shares[None], len(options), axis=0)
         table[:, group] = options
-        return np.sum([term.at(table) for term in self.by_group[group]], axis=0) + np.zeros(
-            len(options)
-        )
+        total: Floats = np.zeros(len(options))
+        for term in self.by_group[group]:
+            total = total + term.at(table)
+        return total
 
 
 def mac_terms(layers: Sequence[Layer]) -> list[Term]:

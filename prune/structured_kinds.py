@@ -47,25 +47,33 @@ def slim_attention(
         if made is None:
             continue
         made.eval()
-        try:
-            with torch.no_grad():
-                result = made(*args, **kwargs)
-        except Exception:  # another module that only looks alike
-            continue
-        if not isinstance(output, Tensor) or result.shape != output.shape:
-            continue
-        error = (result - output).abs().max()
-        if bool(error <= _TOLERANCE * output.abs().max() + 1e-6):
+        if isinstance(output, Tensor) and _agrees(made, args, kwargs, output):
             return made
     return None
 
 
-def _parts(module: nn.Module, *names: str) -> dict[str, nn.Module] | None:
+def _agrees(
+    made: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor
+) -> bool:
+    try:
+        with torch.no_grad():
+            result = made(*args, **kwargs)
+    except Exception:  # a module that only looks like the kind fails in its own way
+        return False
+    if result.shape != output.shape:
+        return False
+    return bool((result - output).abs().max() <= _TOLERANCE * output.abs().max() + 1e-6)
+
+
+def _parts(module: nn.Module, *names: str) -> dict[str, nn.Linear] | None:
     """The children of these names if all are there and are linear layers."""
-    parts = {name: getattr(module, name, None) for name in names}
-    if not all(isinstance(part, nn.Linear) for part in parts.values()):
-        return None
-    return {name: part for name, part in parts.items() if part is not None}
+    found = {}
+    for name in names:
+        part = getattr(module, name, None)
+        if not isinstance(part, nn.Linear):
+            return None
+        found[name] = part
+    return found
 
 
 def _number(module: nn.Module, *names: str) -> int:
@@ -92,7 +100,7 @@ def fused(module: nn.Module) -> Slim | None:
     parts, heads = _parts(module, "qkv", "proj"), _number(module, "num_heads")
     if parts is None or heads == 0:
         return None
-    rows = parts["qkv"].weight.shape[0]
+    rows = parts["qkv"].out_features
     if rows % (3 * heads):
         return None
     dim = rows // (3 * heads)
@@ -105,20 +113,19 @@ def fused(module: nn.Module) -> Slim | None:
     else:
         table = None
     return SlimAttention(
-        {**parts, **_norms(module)}, heads=heads, qk=dim, v=dim, scale=dim**-0.5,
+        {**parts, **_norms(module)}, heads=heads, qk=dim, v=dim, scale=float(dim) ** -0.5,
         table=table, index=index,
     )  # fmt: skip
 
 
 @attention_kind("interleaved")
 def interleaved(module: nn.Module) -> Slim | None:
-    """``qkv`` of heads × (key, key, value) rows with a bias per offset: TinyViT, EfficientFormer."""
+    """``qkv`` of heads × (key, key, value) rows, a bias per offset: TinyViT, EfficientFormer."""
     parts, heads = _parts(module, "qkv", "proj"), _number(module, "num_heads")
     qk, v = _number(module, "key_dim"), _number(module, "val_dim")
     if parts is None or not heads or not qk or not v:
         return None
     linear = parts["qkv"]
-    assert isinstance(linear, nn.Linear)
     if linear.out_features != heads * (2 * qk + v):
         return None
     rows = torch.arange(linear.out_features).reshape(heads, 2 * qk + v)
@@ -129,13 +136,12 @@ def interleaved(module: nn.Module) -> Slim | None:
         if linear.bias is not None:
             sorted_rows.bias.copy_(linear.bias[order])
     norm = getattr(module, "norm", None)
-    if isinstance(norm, nn.Module):
-        parts["norm"] = norm
+    before = {"norm": norm} if isinstance(norm, nn.Module) else {}
     table, index = getattr(module, "attention_biases", None), None
     if isinstance(table, Tensor):
         table, index = table.detach(), getattr(module, "attention_bias_idxs", None)
     return SlimAttention(
-        {**parts, "qkv": sorted_rows}, heads=heads, qk=qk, v=v, scale=qk**-0.5,
+        {**before, **parts, "qkv": sorted_rows}, heads=heads, qk=qk, v=v, scale=float(qk) ** -0.5,
         table=table, index=index,
     )  # fmt: skip
 
@@ -159,13 +165,16 @@ def separate(module: nn.Module) -> Slim | None:
     if parts is None or heads == 0:
         return None
     parts["v_proj"] = parts.pop("v")
-    qk, v = parts["q"].weight.shape[0] // heads, parts["v_proj"].weight.shape[0] // heads
+    qk, v = parts["q"].out_features // heads, parts["v_proj"].out_features // heads
+    reduce: dict[str, nn.Module] = {}
     pool, norm = getattr(module, "sr", None), getattr(module, "norm", None)
     if isinstance(pool, nn.Module) and isinstance(norm, nn.Module):
         if any(True for _ in pool.parameters()):
             return None  # a convolution mixes channels: its own widths would have to be known
-        parts["reduce"] = _Reduce(pool, norm)
-    return SlimAttention({**parts, **_norms(module)}, heads=heads, qk=qk, v=v, scale=qk**-0.5)
+        reduce["reduce"] = _Reduce(pool, norm)
+    return SlimAttention(
+        {**parts, **reduce, **_norms(module)}, heads=heads, qk=qk, v=v, scale=float(qk) ** -0.5
+    )
 
 
 @attention_kind("single_head")
@@ -176,4 +185,4 @@ def single_head(module: nn.Module) -> Slim | None:
     if not qk or not attended or not all(isinstance(child, nn.Module) for child in children):
         return None
     norm, qkv, proj = (child for child in children if child is not None)
-    return SlimSingleHead(norm, qkv, proj, qk=qk, v=attended, scale=qk**-0.5)
+    return SlimSingleHead(norm, qkv, proj, qk=qk, v=attended, scale=float(qk) ** -0.5)

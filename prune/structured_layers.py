@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,93 +13,93 @@ from deploykit.prune.structured_slim import SlimAttention, SlimSingleHead
 
 __all__ = ["layers_of"]
 
+_KINDS = (nn.Linear, nn.Conv2d, SlimAttention, SlimSingleHead)
+
 
 def layers_of(module: nn.Module, groups: Sequence[Group], example: Tensor) -> list[Layer]:
-    """Every layer and attention that ran, with its widths as functions of the groups.
+    """Every layer and attention that runs, in order of completion.
 
     Args:
         example: float32 (1, 3, S, S).
     """
-    widths = Widths(groups)
-    found: list[Layer] = []
-    names = {part: name for name, part in module.named_modules()}
+    calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     hooks = []
+    for name, part in module.named_modules():
+        if isinstance(part, _KINDS):
 
-    def on(part: nn.Module, make: Callable[[str, nn.Module, Tensor, Tensor], Layer]) -> None:
-        def note(part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            found.append(make(names[part], part, args[0], output))
+            def note(
+                part: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name
+            ) -> None:
+                calls.append((name, part, args[0], output))
 
-        hooks.append(part.register_forward_hook(note))
-
-    def linear(name: str, part: nn.Module, x: Tensor, output: Tensor) -> Layer:
-        assert isinstance(part, nn.Linear)
-        tokens = output.numel() // part.out_features
-        sizes = widths.of(part, "weight", 1), widths.of(part, "weight", 0)
-        return Layer(name, "linear", (tokens,), sizes, tokens)
-
-    def conv(name: str, part: nn.Module, x: Tensor, output: Tensor) -> Layer:
-        assert isinstance(part, nn.Conv2d)
-        kernel = part.kernel_size[0] * part.kernel_size[1]
-        area = output.shape[-1] * output.shape[-2]
-        fixed = (x.shape[-1], output.shape[-1], part.kernel_size[0], part.stride[0])
-        out = widths.of(part, "weight", 0)
-        if part.groups > 1:
-            macs = float(area * kernel * part.weight.shape[1])
-            return Layer(name, "depthwise", fixed, (out,), macs)
-        return Layer(
-            name, "conv", fixed, (widths.of(part, "weight", 1), out), float(area * kernel)
-        )
-
-    def attention(name: str, part: nn.Module, x: Tensor, output: Tensor) -> Layer:
-        if isinstance(part, SlimSingleHead):
-            first = next(m for m in part.qkv.modules() if isinstance(m, nn.Conv2d))
-            tokens = x.shape[-1] * x.shape[-2]
-            keys, batch, start, qk = tokens, x.shape[0], 2 * part.qk, part.qk
-            q, v = widths.of(first, "weight", 0, 0, qk), widths.of(first, "weight", 0, start)
-            return Layer(name, "attention", (batch, tokens, keys), (q, v), batch * tokens * keys)
-        assert isinstance(part, SlimAttention)
-        batch, tokens = x.shape[0], x.shape[1]
-        size = part.heads * part.qk
-        if "qkv" in part.names:
-            keys = tokens
-            q = widths.of(part.qkv, "weight", 0, 0, size)
-            v = widths.of(part.qkv, "weight", 0, 2 * size)
-        else:
-            keys = next(k for n, k in reduced if n is part.k)
-            q, v = widths.of(part.q, "weight", 0), widths.of(part.v_proj, "weight", 0)
-        # A head is there as long as its first query row is, whatever its width.
-        heads = Width(tuple((n // part.qk, g) for n, g in _whole_heads(q, groups)))
-        macs = float(batch * tokens * keys)
-        return Layer(name, "attention", (batch, tokens, keys), (q, v), macs, heads)
-
-    reduced: list[tuple[nn.Module, int]] = []
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            on(part, linear)
-        elif isinstance(part, nn.Conv2d):
-            on(part, conv)
-        elif isinstance(part, SlimAttention | SlimSingleHead):
-            if isinstance(part, SlimAttention) and "k" in part.names:
-                key_layer = part.get_submodule("k")
-                hooks.append(
-                    key_layer.register_forward_hook(
-                        lambda m, _, output: reduced.append((m, output.shape[1]))
-                    )
-                )
-            on(part, attention)
+            hooks.append(part.register_forward_hook(note))
     try:
         with torch.no_grad():
             module(example)
     finally:
         for hook in hooks:
             hook.remove()
+    widths = Widths(groups)
+    tokens = {part: output.shape[1] for _, part, _, output in calls if output.ndim > 1}
+    found = []
+    for name, part, x, output in calls:
+        if isinstance(part, nn.Linear):
+            found.append(_linear(name, part, output, widths))
+        elif isinstance(part, nn.Conv2d):
+            found.append(_conv(name, part, x, output, widths))
+        elif isinstance(part, SlimSingleHead):
+            found.append(_single_head(name, part, x, widths))
+        elif isinstance(part, SlimAttention):
+            keys = x.shape[1] if "qkv" in part.names else tokens[part.k]
+            found.append(_attention(name, part, x, keys, widths, groups))
     return found
 
 
-def _whole_heads(
-    width: Width, groups: Sequence[Group]
-) -> list[tuple[int, tuple[int, ...]]]:
-    return [
-        (count, tuple(g for g in covering if groups[g].kind == "heads"))
-        for count, covering in width.cells
-    ]
+def _linear(name: str, part: nn.Linear, output: Tensor, widths: Widths) -> Layer:
+    tokens = output.numel() // part.out_features
+    sizes = widths.of(part, "weight", 1), widths.of(part, "weight", 0)
+    return Layer(name, "linear", (tokens,), sizes, tokens)
+
+
+def _conv(name: str, part: nn.Conv2d, x: Tensor, output: Tensor, widths: Widths) -> Layer:
+    area = output.shape[-1] * output.shape[-2]
+    kernel = part.kernel_size[0] * part.kernel_size[1]
+    fixed = (x.shape[-1], output.shape[-1], part.kernel_size[0], part.stride[0])
+    out = widths.of(part, "weight", 0)
+    if part.groups > 1:
+        macs = float(area * kernel * part.weight.shape[1])
+        return Layer(name, "depthwise", fixed, (out,), macs)
+    sizes = widths.of(part, "weight", 1), out
+    return Layer(name, "conv", fixed, sizes, float(area * kernel))
+
+
+def _single_head(name: str, part: SlimSingleHead, x: Tensor, widths: Widths) -> Layer:
+    layer = next(m for m in part.qkv.modules() if isinstance(m, nn.Conv2d))
+    tokens = x.shape[-1] * x.shape[-2]
+    sizes = (
+        widths.of(layer, "weight", 0, 0, part.qk),
+        widths.of(layer, "weight", 0, 2 * part.qk),
+    )
+    fixed = (x.shape[0], tokens, tokens)
+    return Layer(name, "attention", fixed, sizes, float(x.shape[0] * tokens * tokens))
+
+
+def _attention(
+    name: str, part: SlimAttention, x: Tensor, keys: int, widths: Widths, groups: Sequence[Group]
+) -> Layer:
+    windows, tokens = x.shape[0], x.shape[1]
+    rows = part.heads * part.qk
+    if "qkv" in part.names:
+        q = widths.of(part.qkv, "weight", 0, 0, rows)
+        v = widths.of(part.qkv, "weight", 0, 2 * rows)
+    else:
+        q, v = widths.of(part.q, "weight", 0), widths.of(part.v_proj, "weight", 0)
+    # A head is there as long as its query rows are, whatever their number.
+    heads = Width(
+        tuple(
+            (count // part.qk, tuple(g for g in covering if groups[g].kind == "heads"))
+            for count, covering in q.cells
+        )
+    )
+    fixed = (windows, tokens, keys)
+    return Layer(name, "attention", fixed, (q, v), float(windows * tokens * keys), heads)

@@ -82,7 +82,7 @@ def _norm(module: nn.Module, position: Tensor) -> Iterator[Slice]:
     )
 
 
-def _layer_in(module: nn.Module) -> nn.Module:
+def _layer_in(module: nn.Module) -> nn.Linear | nn.Conv2d:
     """The linear layer or convolution of a module that is one, or wraps one."""
     return next(m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
 
@@ -123,18 +123,15 @@ def _norms(module: nn.Module) -> Ports | None:
 def _attention(module: nn.Module) -> Ports:
     assert isinstance(module, SlimAttention)
     names = ("qkv",) if "qkv" in module.names else ("q", "k", "v_proj")
-    first = _layer_in(getattr(module, names[0]))
-    channels_in = first.weight.shape[1]
-    assert isinstance(channels_in, int)
+    channels_in = _layer_in(module.get_submodule(names[0])).weight.shape[1]
     channels = torch.arange(channels_in)
     reads: list[Slice] = []
     for name in names:
-        reads += _columns(getattr(module, name), channels)
+        reads += _columns(module.get_submodule(name), channels)
     for name in ("norm", "reduce"):
         for part in module.get_submodule(name).modules() if name in module.names else ():
             reads += _norm(part, channels)
     out = _layer_in(module.proj).weight.shape[0]
-    assert isinstance(out, int)
     return Ports(tuple(reads), tuple(_rows(module.proj, torch.arange(out))), channels_in, out)
 
 

@@ -17,15 +17,24 @@ class SlimAttention(nn.Module):
     """Multi-head self-attention over tokens (B, N, C).
 
     ``qkv`` gives all queries, then all keys, then all values, each heads-major. With ``q``, ``k``
-    and ``v`` apart, ``reduce`` may shorten what keys and values are made from.
+    and ``v_proj`` apart, ``reduce`` may shorten what keys and values are made from.
 
     Args:
-        parts: ``qkv`` alone, or ``q``, ``k`` and ``v``; ``proj``; and optionally ``norm`` (before
+        parts: ``qkv`` alone, or ``q``, ``k`` and ``v_proj``; ``proj``; optionally ``norm`` (before
             all), ``q_norm``, ``k_norm``, ``reduce``.
         table: position bias, float32 (heads, entries), looked up by ``index``, int64 (N, N).
     """
 
     index: Tensor | None
+    norm: nn.Module
+    qkv: nn.Module
+    q: nn.Module
+    k: nn.Module
+    v_proj: nn.Module
+    reduce: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    proj: nn.Module
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deploykit.errors import one_line
 from deploykit.prune.structured_groups import Group, Slice
-from deploykit.prune.structured_ports import LEAVES, Ports, ports_of
+from deploykit.prune.structured_ports import LEAVES, ports_of
 
 __all__ = ["channel_groups"]
 
@@ -33,7 +33,6 @@ class _Item(NamedTuple):
     is_output: bool
 
 
-
 class _Opaque(torch.autograd.Function):
     """Something of a given shape that depends on its input: a module nobody looks into."""
 
@@ -42,7 +41,7 @@ class _Opaque(torch.autograd.Function):
         return x.new_zeros(shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         raise NotImplementedError("the graph is only walked")
 
 
@@ -250,7 +249,7 @@ def _group(
                     scored=False,
                 )
             )  # fmt: skip
-            residual = residual or part.ndim > 1 and part.shape[axis] != part.numel()
+            residual = residual or (part.ndim > 1 and part.shape[axis] != part.numel())
             continue
         if type(part).__module__.startswith("torch_pruning"):
             if type(part).__name__ == "_OutputOp":

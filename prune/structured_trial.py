@@ -75,8 +75,8 @@ def _failure(module: nn.Module, groups: Sequence[Group], image: Tensor, round_to
     silence(its_groups, kept)
     with torch.no_grad():
         expected = quiet(image)
-    error = (result - expected).abs().max()
-    if not bool(error <= _TOLERANCE * expected.abs().max() + 1e-6):
+    difference = (result - expected).abs().max()
+    if not bool(difference <= _TOLERANCE * expected.abs().max() + 1e-6):
         return "the network answers otherwise than with the channels silenced"
     return ""
 
