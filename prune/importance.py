@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ class Importance(Protocol):
 
     gradients: bool
     """Whether it needs gradients; else it is computed once, from the weights of layers."""
+
+    fairness: Literal["kind", "layer", "none"]
+    """What its scores are best compared within: ``layer``, ``kind``, or everywhere: ``none``."""
 
     def of_weights(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         """What is summed over a unit, of the weight's shape."""
@@ -60,6 +63,7 @@ class Magnitude:
     """Sum of the squares of all weights of a unit (group L2)."""
 
     gradients = False
+    fairness: Literal["kind", "layer", "none"] = "layer"
 
     def of_weights(self, weight: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ARG002
         return weight.square()
@@ -78,6 +82,7 @@ class LayerAdaptiveMagnitude:
     """
 
     gradients = False
+    fairness: Literal["kind", "layer", "none"] = "layer"
 
     def of_weights(self, weight: Tensor, gradient: Tensor | None) -> Tensor:  # noqa: ARG002
         squares, order = weight.double().square().flatten().sort(descending=True, stable=True)
@@ -99,6 +104,7 @@ class Taylor:
     """
 
     gradients = True
+    fairness: Literal["kind", "layer", "none"] = "layer"
 
     def of_weights(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         assert gradient is not None
@@ -117,6 +123,8 @@ class Hessian(Taylor):
     Source: Yang et al., NViT / Global Vision Transformer Pruning with Hessian-Aware Saliency
     (CVPR 2023).
     """
+
+    fairness: Literal["kind", "layer", "none"] = "none"  # its unit is the same everywhere: nats of divergence
 
     def of_sums(self, sums: Tensor) -> Tensor:
         return sums.square()

@@ -184,7 +184,7 @@ class _Job:
         """
         cost = self.cost()
         kinds = [group.kind for group in self.groups]
-        picked = choose_widths(choices, kinds, cost, target, self.options.fairness)
+        picked = choose_widths(choices, kinds, cost, target, self.options.comparison)
         shares = np.array([c.shares[i] for c, i in zip(choices, picked, strict=True)])
         kept, widths = {}, {}
         for group, choice, index, rising in zip(self.groups, choices, picked, order, strict=True):
@@ -265,6 +265,7 @@ def _record(
     parts = [part for part in (how, f"{len(blocks)} blocks" if blocks else "") if part]
     details: dict[str, object] = {
         "importance": options.importance,
+        "fairness": options.comparison,
         "budget": options.budget,
         "ratio_asked": options.ratio,
         "scope": list(options.scope),

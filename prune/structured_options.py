@@ -28,8 +28,8 @@ class StructureOptions:
             the target's own times.
         scope: kinds of channels that may go (``structured_groups.KINDS``).
         importance: a name registered in ``importance``.
-        fairness: importances are comparable within a ``kind``, within a ``layer``, or as they
-            are (``none``).
+        fairness: importances are compared within a ``kind``, within a ``layer``, or as they
+            are (``none``); ``auto``: what suits the importance.
         round_to: widths are multiples of it; whole heads and widths that stay full aren't.
         layer_limit: the largest share of its units that any layer may lose.
         blocks: how many residual blocks go first, those that change the answers least.
@@ -40,7 +40,7 @@ class StructureOptions:
     budget: Budget = "macs"
     scope: tuple[str, ...] = ("mlp", "heads", "qk", "v", "conv")
     importance: str = "hessian"
-    fairness: Fairness = "none"
+    fairness: Fairness | Literal["auto"] = "auto"
     round_to: int = 8
     layer_limit: float = 0.75
     blocks: int = 0
@@ -64,7 +64,7 @@ class StructureOptions:
             raise UsageError(f"scope of pruning: wanted some of {', '.join(KINDS)}, got {got}")
         for name, value, allowed in (
             ("budget", self.budget, ("macs", "parameters", "latency")),
-            ("fairness", self.fairness, ("kind", "layer", "none")),
+            ("fairness", self.fairness, ("auto", "kind", "layer", "none")),
         ):
             if value not in allowed:
                 raise UsageError(f"{name}: wanted one of {', '.join(allowed)}, got {value!r:.40}")
@@ -74,6 +74,12 @@ class StructureOptions:
         if self.round_to < 1 or self.images < 1 or self.blocks < 0:
             raise UsageError("wanted round_to and images of 1 or more, and blocks of 0 or more")
         find_importance(self.importance)
+
+    @property
+    def comparison(self) -> Fairness:
+        """The fairness, decided."""
+        chosen = find_importance(self.importance).fairness
+        return chosen if self.fairness == "auto" else self.fairness
 
 
 class Steps(Protocol):
