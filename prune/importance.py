@@ -104,7 +104,7 @@ class Taylor:
     """
 
     gradients = True
-    fairness: Literal["kind", "layer", "none"] = "layer"
+    fairness: Literal["kind", "layer", "none"] = "kind"
 
     def of_weights(self, weight: Tensor, gradient: Tensor | None) -> Tensor:
         assert gradient is not None
@@ -124,7 +124,9 @@ class Hessian(Taylor):
     (CVPR 2023).
     """
 
-    fairness: Literal["kind", "layer", "none"] = "none"  # its unit is the same everywhere: nats of divergence
+    fairness: Literal["kind", "layer", "none"] = (
+        "none"  # its unit is the same everywhere: nats of divergence
+    )
 
     def of_sums(self, sums: Tensor) -> Tensor:
         return sums.square()

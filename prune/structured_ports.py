@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deploykit.prune.structured_groups import Group, Slice, slice_of
 from deploykit.prune.structured_slim import SlimAttention, SlimSingleHead
 
-__all__ = ["LEAVES", "Ports", "attention_groups", "is_patch_merging", "ports_of"]
+__all__ = ["Ports", "attention_groups", "is_leaf", "ports_of"]
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,16 @@ def is_patch_merging(module: nn.Module) -> bool:
     )
 
 
-def LEAVES(module: nn.Module) -> bool:  # noqa: N802
+def is_linear_attention(module: nn.Module) -> bool:
+    """MobileViTv2's, whose sums over tokens keep a tracer busy for minutes."""
+    parts = (getattr(module, name, None) for name in ("qkv_proj", "out_proj"))
+    return all(isinstance(part, nn.Conv2d) for part in parts)
+
+
+def is_leaf(module: nn.Module) -> bool:
     """Whether the dependency graph must not look into a module."""
-    return isinstance(module, SlimAttention | SlimSingleHead) or is_patch_merging(module)
+    slim = isinstance(module, SlimAttention | SlimSingleHead)
+    return slim or is_patch_merging(module) or is_linear_attention(module)
 
 
 def _slices(
@@ -159,6 +166,18 @@ def _merging(module: nn.Module) -> Ports:
     return Ports(reads, rows, channels, linear.out_features)
 
 
+def _linear_attention(module: nn.Module) -> Ports:
+    qkv, out = module.qkv_proj, module.out_proj
+    assert isinstance(qkv, nn.Conv2d)
+    assert isinstance(out, nn.Conv2d)
+    return Ports(
+        tuple(_columns(qkv, torch.arange(qkv.in_channels))),
+        tuple(_rows(out, torch.arange(out.out_channels))),
+        qkv.in_channels,
+        out.out_channels,
+    )
+
+
 def _is_plain_conv(module: nn.Module) -> bool:
     if not isinstance(module, nn.Conv2d):
         return False
@@ -171,6 +190,7 @@ _PORTS: list[tuple[Callable[[nn.Module], bool], Callable[[nn.Module], Ports | No
     (lambda m: isinstance(m, SlimAttention), _attention),
     (lambda m: isinstance(m, SlimSingleHead), _single_head),
     (is_patch_merging, _merging),
+    (is_linear_attention, _linear_attention),
     (lambda m: isinstance(m, nn.Linear), _linear),
     (_is_plain_conv, _conv),
     (lambda m: isinstance(m, _NORM_TYPES), _norms),

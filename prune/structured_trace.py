@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deploykit.errors import one_line
 from deploykit.prune.structured_groups import Group, Slice
-from deploykit.prune.structured_ports import LEAVES, ports_of
+from deploykit.prune.structured_ports import is_leaf, ports_of
 
 __all__ = ["channel_groups"]
 
@@ -95,7 +95,7 @@ def _trace_parts(
     groups: list[Group],
     declined: dict[str, str],
 ) -> None:
-    if module not in shapes or LEAVES(module):
+    if module not in shapes or is_leaf(module):
         return
     try:
         found, refused = _trace(module, name, shapes, fixed)
@@ -142,7 +142,7 @@ def _shapes(module: nn.Module, example: Tensor) -> _Shapes:
 @contextlib.contextmanager
 def _standing_in(module: nn.Module, shapes: _Shapes) -> Iterator[list[nn.Module]]:
     """Leaves give something of their output's shape; parameters want gradients."""
-    leaves = [part for part in module.modules() if LEAVES(part) and part in shapes]
+    leaves = [part for part in module.modules() if is_leaf(part) and part in shapes]
     wanted = [(p, p.requires_grad) for p in module.parameters()]
     for leaf in leaves:
         shape = shapes[leaf][1]
@@ -219,7 +219,7 @@ def _last_layer(module: nn.Module, example: Tensor) -> nn.Module | None:
     hooks = [
         part.register_forward_hook(note)
         for part in module.modules()
-        if LEAVES(part) or isinstance(part, nn.Linear | nn.Conv2d)
+        if is_leaf(part) or isinstance(part, nn.Linear | nn.Conv2d)
     ]
     try:
         found = outputs.get(id(module(example)))

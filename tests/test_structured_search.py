@@ -122,9 +122,7 @@ def test_a_latency_budget_takes_from_the_slow_layers() -> None:
     options = StructureOptions(
         ratio=0.2, budget="latency", scope=("mlp", "heads"), importance="magnitude",
     )  # fmt: skip
-    _, record = prune_structure(
-        make_backbone(tiny_vit()), options, batches(SIZE), measure=measure
-    )
+    _, record = prune_structure(make_backbone(tiny_vit()), options, batches(SIZE), measure=measure)
     before, after = record.details["cost"]
     assert after <= 0.8 * before
     widths = record.details["widths"]
