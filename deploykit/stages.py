@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from deploykit.fsio import publish
 from deploykit.graph.capture import CapturedModel, capture, with_shapes
 from deploykit.graph.classes import select_classes
 from deploykit.inputs import Inputs
-from deploykit.layer_latency import layer_timer
+from deploykit.layer_latency import measure_layers
 from deploykit.progress import Reporter
 from deploykit.prune.merge_tokens import merge_tokens
 from deploykit.prune.sparsity import sparsify
@@ -113,7 +114,9 @@ class Stages:
         section, recipe = self.recipe.prune, self.recipe
         measure = None
         if section.budget == "latency":
-            measure = layer_timer(recipe.targets[0], recipe.measure, recipe.seed)
+            measure = partial(
+                measure_layers, target=recipe.targets[0], threads=recipe.measure.threads
+            )
         pruned, record = prune_structure(
             self.backbone,
             structure_options(section, recipe.seed),
