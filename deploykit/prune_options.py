@@ -41,14 +41,23 @@ def structure_options(section: PruneSection, seed: int) -> StructureOptions:
     )
 
 
-def sparsity_options(section: SparsifySection) -> SparsityOptions:
-    """The section's own terms, with the method that suits the pattern where none is named."""
-    blocks = section.pattern.startswith("block")
+def sparsity_options(section: SparsifySection, *, real_images: bool) -> SparsityOptions:
+    """The section's own terms.
+
+    Args:
+        real_images: there are calibration images: second-order methods learn nothing of value
+            from synthetic ones.
+    """
+    method = section.method
+    if method is None:
+        learnt = "distortion" if section.pattern.startswith("block") else "sparsegpt"
+        method = learnt if real_images else "magnitude"
     return SparsityOptions(
         pattern=section.pattern,
-        method=section.method or ("distortion" if blocks else "sparsegpt"),
+        method=method,
         sparsity=section.sparsity,
         allocation=section.allocation,
         exclude=tuple(section.exclude),
         images=section.images,
+        bias_correction=method == "sparsegpt" and real_images,
     )

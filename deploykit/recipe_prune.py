@@ -123,7 +123,8 @@ class SparsifySection(Section):
     )
     method: Literal["magnitude", "wanda", "sparsegpt", "distortion"] | None = Field(
         default=None,
-        description="which weights go; None: sparsegpt, for blocks distortion",
+        description="which weights go; None: sparsegpt (for blocks distortion), magnitude without "
+        "calibration images",
     )
     sparsity: float | None = Field(
         default=None,

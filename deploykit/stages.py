@@ -137,7 +137,8 @@ class Stages:
         return merged, [record]
 
     def _sparsify(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
-        options = sparsity_options(self.recipe.sparsify)
+        real = self.recipe.calibration.data is not None
+        options = sparsity_options(self.recipe.sparsify, real_images=real)
         sparse, record = sparsify(model, options, self._batches(model), steps=self.reporter.step)
         return sparse, [record]
 
