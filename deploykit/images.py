@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deploykit.data import ImageSet, open_dataset, synthetic_images
+from deploykit.data import ImageSet, open_dataset
+from deploykit.synthetic import synthetic_images
 from deploykit.types import Backbone
 
 __all__ = ["Images", "calibration_images", "verification_images"]

@@ -48,7 +48,7 @@ def sparsity_options(section: SparsifySection, *, real_images: bool) -> Sparsity
         real_images: there are calibration images: second-order methods learn nothing of value
             from synthetic ones.
     """
-    method = section.method
+    method: str | None = section.method
     if method is None:
         learnt = "distortion" if section.pattern.startswith("block") else "sparsegpt"
         method = learnt if real_images else "magnitude"

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from deploykit._compat import timm
-from deploykit.data import ImageSet, open_dataset, synthetic_images
+from deploykit.data import ImageSet, open_dataset
 from deploykit.errors import UsageError
+from deploykit.synthetic import synthetic_images
 from deploykit.types import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -109,3 +109,24 @@ def test_the_command_prints_one_json_object(
     code = _main([*command, "--tokens", "fast", "-o", str(tmp_path / "out"), "--json"])
     report = json.loads(capsys.readouterr().out)
     assert code == 0 and report["bits"] == "fp32"
+
+
+def test_pruned_and_recovered_in_one_run(options: dict[str, Any], tmp_path: Path) -> None:
+    report = deploykit.compress(
+        **options, algorithm="none", prune=0.3, tokens="8,0", recover=options["data"],
+        recover_minutes=0.05, out=tmp_path / "out",
+    )  # fmt: skip
+    names = [record.name for record in report.passes]
+    assert names == ["prune_structure", "merge_tokens", "recover"]
+    assert [a.name for a in report.artifacts] == ["original", "pruned", "merged", "compressed"]
+    assert report.compressed.bytes < 0.9 * report.original.bytes
+    assert report.exit_code == 0
+
+
+def test_tokens_are_chosen_on_calibration_images(options: dict[str, Any], tmp_path: Path) -> None:
+    report = deploykit.compress(
+        **options, algorithm="none", tokens="auto", max_drop=30.0, out=tmp_path / "out"
+    )
+    record = report.passes[0]
+    assert record.name == "merge_tokens" and record.details["limit"] == 30.0
+    assert "labels of" in record.details["judged_by"]

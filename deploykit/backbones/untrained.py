@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from deploykit.data import synthetic_images
+from deploykit.synthetic import synthetic_images
 from deploykit.types import Preprocessing
 
 __all__ = ["make_testable"]
