@@ -37,7 +37,7 @@ def test_a_real_sparse_vit_gets_nearer_to_its_original() -> None:
     student = capture(replace(backbone, module=sparsify_2_4(backbone.module)[0]))
     options = RecoverOptions(batch_size=16, epochs=1, evaluations=1, held_out=0.125)
     recovered, record = recover(student, capture(backbone), options, TrainingImages(train))
-    assert record.details["best"]["kl"] < 0.95 * record.details["before"]["kl"]
+    assert record.details["best"]["kl"] < 0.7 * record.details["before"]["kl"]
     masked = [name for name, share in record.details["zeros_kept"].items() if share == 0.5]
     state, sparse = recovered.graph_module.state_dict(), student.graph_module.state_dict()
     assert len(masked) >= 48
