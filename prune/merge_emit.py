@@ -58,7 +58,8 @@ class Emitter:
         name = f"token_positions_{count}"
         for node in self.graph.nodes:
             if node.op == "get_attr" and node.target == name:
-                return node
+                found: fx.Node = node
+                return found
         first = next(iter(self.graph.nodes))
         node = add_tensor(self.graph_module, name, torch.arange(count), first)
         node.meta = {}

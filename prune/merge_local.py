@@ -87,7 +87,7 @@ def _block(
             return None
         if is_op(node, aten.linear.default):
             linears.append(node)
-            macs += prod(values[node.args[1]].shape)
+            macs += prod(values[node.all_input_nodes[1]].shape)
         elif not is_op(node, *_BETWEEN) or not _per_channel(node, data[0], values):
             return None
         active = active or is_op(node, *_ACTIVATIONS)

@@ -55,7 +55,8 @@ def _earliest(graph: fx.Graph, stream: fx.Node, values: Mapping[fx.Node, Any]) -
     for node in graph.nodes:
         value = values[node]
         if node in before and isinstance(value, Tensor) and value.shape == shape:
-            return node
+            found: fx.Node = node
+            return found
     return stream
 
 
@@ -63,7 +64,7 @@ def _value(graph_module: fx.GraphModule, wanted: fx.Node, image: Tensor) -> Tens
     """A node's value, with nothing computed that it doesn't need."""
     needed = _ancestors(wanted)
     runner = fx.Interpreter(graph_module)
-    runner.args_iter = iter([image])  # type: ignore[assignment]
+    runner.args_iter = iter([image])
     for node in graph_module.graph.nodes:
         if node in needed:
             runner.env[node] = runner.run_node(node)

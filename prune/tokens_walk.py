@@ -117,9 +117,10 @@ class Walk:
     def _misfit(self, node: fx.Node, error: Exception) -> str:
         for source in node.all_input_nodes:
             value = self.new.get(source)
-            fixed = source not in self.tokens and isinstance(value, Tensor)
+            if source in self.tokens or not isinstance(value, Tensor):
+                continue
             for tokens in self.tokens.values():
-                if fixed and tokens.before in value.shape:
+                if tokens.before in value.shape:
                     what = f"a fixed number of {tokens.before} tokens is built into {source.name}"
                     return f"{what} (position bias, rotary embedding or mask)"
         return one_line(error, 160)
@@ -142,9 +143,12 @@ class Walk:
         softmax.replace_input_with(logits, biased)
 
     def _is_token_mean(self, node: fx.Node) -> bool:
-        if op_packet(node) != "mean" or self.old[node.args[0]].ndim != 3:
+        source = node.args[0] if node.args else None
+        if op_packet(node) != "mean" or not isinstance(source, fx.Node):
             return False
-        source, dims = node.args[0], node.args[1] if len(node.args) > 1 else None
+        if self.old[source].ndim != 3 or len(node.args) < 2:
+            return False
+        dims: Any = node.args[1]
         axes = changed_axes(self.old[source], self.new[source])
         return isinstance(dims, list | tuple) and [d % 3 for d in dims] == list(axes)
 
