@@ -151,7 +151,7 @@ class RecoverSection(Section):
     minutes: float = Field(default=20.0, gt=0, description="of training at most")
     epochs: float = Field(default=4.0, gt=0, description="over the images at most")
     batch_size: int = Field(default=32, gt=0)
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0)
     losses: dict[Literal["logits", "features", "attention", "labels"], float] = Field(
         default={"logits": 1.0, "features": 1.0},
         min_length=1,
@@ -173,5 +173,8 @@ class RecoverSection(Section):
     def _needs_data(self) -> RecoverSection:
         if self.data is None and (self.quantization_aware or self.soup > 1):
             message = "recover.data is wanted: a folder of images to train on (--recover DIR)"
+            raise ValueError(message)
+        if self.quantization_aware and self.soup > 1:
+            message = "recover.soup averages floats, not what quantization_aware makes; leave one"
             raise ValueError(message)
         return self

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from deploykit.data import open_dataset
 from deploykit.graph.capture import CapturedModel
 from deploykit.progress import Steps
 from deploykit.prune.recover import recover
-from deploykit.prune.recover_data import split
 from deploykit.prune.recover_gpusq import recover_gpusq
 from deploykit.prune.recover_options import QatOptions, RecoverOptions
-from deploykit.prune.soup import soup
+from deploykit.prune.recover_soup import recover_soup
 from deploykit.recipe import Recipe
 from deploykit.training_images import TrainingImages
 from deploykit.types import PassRecord
@@ -30,7 +26,7 @@ def recovered(
     teacher: CapturedModel,
     folder: Path,
     steps: Steps,
-) -> tuple[CapturedModel, list[PassRecord]]:
+) -> tuple[CapturedModel, Sequence[PassRecord]]:
     """The student after the recipe's training, and what was done.
 
     Args:
@@ -52,29 +48,21 @@ def recovered(
         )
     )
     options = _options(recipe)
-    made: list[CapturedModel] = []
-    records: list[PassRecord] = []
-    for number in range(section.soup):
-        own = replace(options, seed=recipe.seed + number)
-        place = folder / f"recovery-{number}"
-        if section.quantization_aware:
-            model, both = recover_gpusq(
-                student, teacher, own, images, steps=steps, checkpoint=place
-            )
-            records += both
-        else:
-            model, record = recover(student, teacher, own, images, steps=steps, checkpoint=place)
-            records.append(record)
-        made.append(model)
-    if len(made) == 1:
-        return made[0], records
-    model, record = soup(made, section.soup_method, _agreement(teacher, images, options))
-    return model, [*records, record]
+    if section.quantization_aware:
+        return recover_gpusq(student, teacher, options, images, steps=steps, checkpoint=folder)
+    if section.soup > 1:
+        variants = [replace(options, seed=recipe.seed + n) for n in range(section.soup)]
+        return recover_soup(
+            student, teacher, variants, images,
+            mode=section.soup_method, steps=steps, checkpoint=folder,
+        )  # fmt: skip
+    model, record = recover(student, teacher, options, images, steps=steps, checkpoint=folder)
+    return model, [record]
 
 
 def _options(recipe: Recipe) -> RecoverOptions:
     section = recipe.recover
-    trainings = section.soup * (2 if section.quantization_aware else 1)
+    trainings = 2 if section.quantization_aware else section.soup
     qat = None
     if section.quantization_aware:
         widths = recipe.quantize.widths
@@ -87,18 +75,5 @@ def _options(recipe: Recipe) -> RecoverOptions:
         max_seconds=60 * section.minutes / trainings,
         qat=qat,
         workers=section.workers,
+        seed=recipe.seed,
     )
-
-
-def _agreement(
-    teacher: CapturedModel, images: TrainingImages, options: RecoverOptions
-) -> Callable[[CapturedModel], float]:
-    """Percent of the held-out images on which a model answers as the teacher does."""
-    parts = split(images, teacher.backbone, options)
-
-    @torch.no_grad()
-    def answers(model: CapturedModel) -> Tensor:
-        return torch.cat([model.graph_module(batch).argmax(1) for batch, _ in parts.judged(0, 1)])
-
-    wanted = answers(teacher)
-    return lambda model: 100 * float((answers(model) == wanted).double().mean())

@@ -7,7 +7,7 @@ with exactly what an uninterrupted one had.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -65,7 +65,7 @@ class Stages:
             UsageError: a step can't apply to this backbone.
         """
         steps: list[
-            tuple[bool, str, Callable[[CapturedModel], tuple[CapturedModel, list[PassRecord]]]]
+            tuple[bool, str, Callable[[CapturedModel], tuple[CapturedModel, Sequence[PassRecord]]]]
         ]
         recipe = self.recipe
         steps = [
@@ -86,7 +86,7 @@ class Stages:
         self,
         name: str,
         before: CapturedModel,
-        step: Callable[[CapturedModel], tuple[CapturedModel, list[PassRecord]]],
+        step: Callable[[CapturedModel], tuple[CapturedModel, Sequence[PassRecord]]],
     ) -> Stage:
         folder = self.workspace.work / f"stage-{name}"
 
@@ -110,7 +110,7 @@ class Stages:
         model = CapturedModel(saved.graph_module, backbone, saved.dynamic_batch)
         return Stage(name, with_shapes(model), records)
 
-    def _prune(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
+    def _prune(self, model: CapturedModel) -> tuple[CapturedModel, Sequence[PassRecord]]:
         section, recipe = self.recipe.prune, self.recipe
         measure = None
         if section.budget == "latency":
@@ -129,20 +129,20 @@ class Stages:
             captured = select_classes(captured, recipe.model.classes)
         return captured, [record]
 
-    def _merge(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
+    def _merge(self, model: CapturedModel) -> tuple[CapturedModel, Sequence[PassRecord]]:
         if self.recipe.merge.tokens == "auto":
             merged, record = chosen_merging(self.recipe, self.inputs, model, self.reporter.step)
         else:
             merged, record = merge_tokens(model, merge_options(self.recipe.merge))
         return merged, [record]
 
-    def _sparsify(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
+    def _sparsify(self, model: CapturedModel) -> tuple[CapturedModel, Sequence[PassRecord]]:
         real = self.recipe.calibration.data is not None
         options = sparsity_options(self.recipe.sparsify, real_images=real)
         sparse, record = sparsify(model, options, self._batches(model), steps=self.reporter.step)
         return sparse, [record]
 
-    def _recover(self, model: CapturedModel) -> tuple[CapturedModel, list[PassRecord]]:
+    def _recover(self, model: CapturedModel) -> tuple[CapturedModel, Sequence[PassRecord]]:
         return recovered(self.recipe, model, self.original, self.workspace.work, self.reporter.step)
 
     def _batches(self, model: CapturedModel) -> Callable[[], Iterator[Tensor]]:
