@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deploykit.data import ImageSet, open_dataset
+from deploykit.errors import UsageError
 from deploykit.synthetic import synthetic_images
 from deploykit.types import Backbone
 
@@ -41,16 +42,39 @@ def _from_set(images: ImageSet) -> Images:
     return Images(images.description, len(images), batches)
 
 
-def calibration_images(path: Path | None, backbone: Backbone, count: int, seed: int) -> Images:
+def calibration_images(
+    path: Path | None,
+    backbone: Backbone,
+    count: int,
+    seed: int,
+    classes: Sequence[int] | None = None,
+) -> Images:
     """``count`` images of the folder (all, if it has fewer), or synthetic ones without a folder.
+
+    Args:
+        classes: images of these classes only, where the folder tells classes.
 
     Raises:
         UsageError: the folder can't be used.
     """
     if path is None:
         return _synthetic(backbone, count, seed)
+    own = None if classes is None else _of_classes(path, backbone, classes)
+    if own is not None:
+        step = max(len(own) // count, 1)
+        return _from_set(own.subset(range(0, len(own), step)[:count]))
     found = open_dataset(path, backbone.preprocessing, labelled=False, limit=count, seed=seed)
     return _from_set(found)
+
+
+def _of_classes(path: Path, backbone: Backbone, classes: Sequence[int]) -> ImageSet | None:
+    try:
+        every = open_dataset(
+            path, backbone.preprocessing, labelled=True, num_classes=backbone.num_classes
+        )
+        return every.of_classes(classes)
+    except UsageError:  # no labels, or none of these: all images serve
+        return None
 
 
 def verification_images(evaluation: ImageSet | None, calibration: Images, count: int) -> Images:

@@ -24,7 +24,7 @@ class Inputs:
             raise UsageError(message)
         section = recipe.calibration
         self.calibration: Images = calibration_images(
-            section.data, backbone, section.images, recipe.seed
+            section.data, backbone, section.images, recipe.seed, recipe.model.classes
         )
         if section.data is None:
             self.notes.append(
