@@ -130,7 +130,7 @@ def merge_locally(
     done, declined = [], {}
     for block, want in zip(find_local_blocks(graph_module.graph, values), wanted, strict=True):
         r = floor(want * block.tokens) if isinstance(want, float) else want
-        r = min(r, block.tokens // 2)
+        r = min(r, Halves(0, block.tokens).most)
         saved = block.saved(values[block.source].shape[-1], r)
         if r <= 0:
             continue

@@ -44,6 +44,11 @@ class Halves:
     def count_b(self) -> int:
         return len(range(self.first_b, self.tokens, 2))
 
+    @property
+    def most(self) -> int:
+        """How many can merge. One A always stays: OpenVINO fails on a matrix without rows."""
+        return max(min((self.tokens - self.protected) // 2, self.count_a - 1), 0)
+
     def split(self, emit: Emitter, x: fx.Node, axis: int = 1) -> tuple[fx.Node, fx.Node]:
         """A and B of a value with the tokens along ``axis``."""
         a = emit.slice(x, axis, self.first_a, step=2)

@@ -18,7 +18,7 @@ from deploykit.graph.capture import CapturedModel
 from deploykit.graph.edit import clean
 from deploykit.prune.merge_local import find_local_blocks, merge_locally
 from deploykit.prune.merge_options import MergeOptions, reductions
-from deploykit.prune.merge_scorers import find_scorer
+from deploykit.prune.merge_scorers import Halves, find_scorer
 from deploykit.prune.tokens_blocks import AttentionBlock, find_blocks
 from deploykit.prune.tokens_errors import BlockedError
 from deploykit.prune.tokens_macs import graph_macs
@@ -168,7 +168,7 @@ def _amounts(
         left = blocks[index].tokens - gone
         want = wanted[index]
         r = floor(want * left) if isinstance(want, float) else want
-        amounts[index] = max(min(r, (left - protected) // 2), 0)
+        amounts[index] = min(r, Halves(protected, left).most)
         gone += amounts[index]
     return amounts
 

@@ -176,10 +176,10 @@ class Walk:
 
     def _merge(self, residual: fx.Node, block: AttentionBlock, wanted: int) -> None:
         count = self.new[residual].shape[1]
-        r = min(wanted, (count - self.protected) // 2)
+        halves = Halves(self.protected, count)
+        r = min(wanted, halves.most)
         if r <= 0:
             return
-        halves = Halves(self.protected, count)
         earlier = self.tokens.get(residual)
         users = list(residual.users)
         emit = self._emitter(residual.next, block.name)
