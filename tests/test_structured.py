@@ -19,6 +19,7 @@ from deploykit.prune.importance import IMPORTANCES
 from deploykit.prune.structured import StructureOptions, prune_structure
 from deploykit.prune.structured_convert import slim_copy
 from deploykit.prune.structured_groups import KINDS, Group, remove_units
+from deploykit.prune.structured_kinds import ATTENTION_KINDS
 from deploykit.prune.structured_slim import SlimAttention
 from deploykit.prune.structured_trial import reliable_groups, silence
 from deploykit.types import PassRecord
@@ -95,6 +96,13 @@ def test_slim_attention_answers_as_the_original(family: str) -> None:
     module = make()
     slim, _ = groups_of(module, size)
     assert torch.allclose(answers(slim, size), answers(module, size), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", sorted(ATTENTION_KINDS))
+def test_every_kind_of_attention_is_known_by_a_family(kind: str) -> None:
+    maker = ATTENTION_KINDS[kind]
+    modules = [part for make, _ in FAMILIES.values() for part in make().modules()]
+    assert any(maker(part) is not None for part in modules)
 
 
 def test_dead_channels_go_first_and_nothing_changes() -> None:
