@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 from deploykit.backbones.inspection import count_macs
 from deploykit.errors import UsageError
+from deploykit.export.onnx import onnx_bytes
 from deploykit.export.structure import load_model, model_bytes
 from deploykit.graph.capture import capture
 from deploykit.prune.importance import IMPORTANCES
@@ -72,6 +74,21 @@ def test_a_family_shrinks_by_what_was_asked_and_ships(family: str, tmp_path: Pat
         assert torch.allclose(captured.graph_module(images(5, size)), expected, atol=1e-4)
         loaded = load_model(tmp_path)
         assert torch.allclose(loaded.graph_module(images(5, size)), expected, atol=1e-4)
+
+
+def test_a_pruned_network_is_an_onnx_file_of_any_batch() -> None:
+    make, size = FAMILIES["swin"]
+    backbone, _ = prune_structure(
+        make_backbone(make(), size), replace(PLAIN, scope=ALL), batches(size)
+    )
+    captured = capture(backbone)
+    data = onnx_bytes(captured.graph_module, backbone, dynamic_batch=captured.dynamic_batch)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    for count in (1, 3):
+        x = images(count, size)
+        (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            assert torch.allclose(torch.from_numpy(result), backbone.module(x), atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
