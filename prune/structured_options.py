@@ -38,7 +38,7 @@ class StructureOptions:
 
     ratio: float | None = 0.3
     budget: Budget = "macs"
-    scope: tuple[str, ...] = ("mlp", "heads", "qk", "v", "conv")
+    scope: tuple[str, ...] = ("mlp", "heads", "conv")
     importance: str = "hessian"
     fairness: Fairness | Literal["auto"] = "auto"
     round_to: int = 8

@@ -1,9 +1,13 @@
 """Which widths to keep: most importance for a given cost.
 
-For a price ``λ`` of cost, each group takes the width with the least ``importance lost + λ cost``
-while the others hold still, in a few rounds; ``λ`` is found by bisection. With a cost that is a
-plain count this is a threshold on importance per cost; with measured times it jumps over widths
-that save nothing. What the coarse steps overshoot is given back, best importance per cost first.
+For a price ``λ`` of cost, each group takes the width with the least ``importance lost + λ cost``,
+its cost counted with all other groups at full width; ``λ`` is found by bisection on what the
+widths together really cost. With a cost that is a plain count this is a threshold on importance
+per cost; with measured times it jumps over widths that save nothing. What the coarse steps
+overshoot is given back, best importance per cost first.
+
+Why at full width: counted with the others as narrow as they have become, a layer costs less the
+narrower its neighbours are, and the search would strip a few groups and spare the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +25,6 @@ from deploykit.prune.structured_groups import Group
 __all__ = ["Choice", "Fairness", "choose_widths", "options_of"]
 
 Fairness = Literal["kind", "layer", "none"]
-_ROUNDS = 4
 _BISECTIONS = 40
 
 
@@ -71,13 +74,15 @@ def choose_widths(
         Indices into each choice's ``kept``. If no widths reach the target, the narrowest.
     """
     losses = _normalised(choices, kinds, cost, fairness)
-    low, high = 0.0, _enough(choices, losses, cost, target)
-    best = _at_price(choices, losses, cost, high)
+    full = np.ones(len(choices))
+    alone = [cost.touched(group, full, choice.shares) for group, choice in enumerate(choices)]
+    low, high = 0.0, _enough(choices, losses, alone, cost, target)
+    best = _at_price(losses, alone, high)
     if cost.total(_shares(choices, best)) > target:
         return best
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        found = _at_price(choices, losses, cost, middle)
+        found = _at_price(losses, alone, middle)
         if cost.total(_shares(choices, found)) <= target:
             best, high = found, middle
         else:
@@ -115,32 +120,24 @@ def _normalised(
 
 
 def _enough(
-    choices: Sequence[Choice], losses: Sequence[Floats], cost: Cost, target: float
+    choices: Sequence[Choice],
+    losses: Sequence[Floats],
+    alone: Sequence[Floats],
+    cost: Cost,
+    target: float,
 ) -> float:
     """A price at which the target is met, or one so high that nothing more would go."""
     price = 1.0
     for _ in range(40):
-        if cost.total(_shares(choices, _at_price(choices, losses, cost, price))) <= target:
+        if cost.total(_shares(choices, _at_price(losses, alone, price))) <= target:
             return price
         price *= 4
     return price
 
 
-def _at_price(
-    choices: Sequence[Choice], losses: Sequence[Floats], cost: Cost, price: float
-) -> list[int]:
-    picked = [0] * len(choices)
-    shares = np.ones(len(choices))
-    for _ in range(_ROUNDS):
-        before = list(picked)
-        for group, choice in enumerate(choices):
-            options = choice.shares
-            value = losses[group] + price * cost.touched(group, shares, options)
-            picked[group] = int(value.argmin())  # ties keep the wider
-            shares[group] = options[picked[group]]
-        if picked == before:
-            break
-    return picked
+def _at_price(losses: Sequence[Floats], alone: Sequence[Floats], price: float) -> list[int]:
+    """Each group's best option; ties keep the wider."""
+    return [int((loss + price * own).argmin()) for loss, own in zip(losses, alone, strict=True)]
 
 
 def _given_back(

@@ -261,7 +261,9 @@ def _group(
         ports = ports_of(part)
         if ports is None:
             if any(True for _ in part.parameters()):
-                return f"holds a {type(part).__name__} whose channels can't be taken away"
+                grouped = isinstance(part, nn.Conv2d)
+                what = "grouped convolution" if grouped else type(part).__name__
+                return f"holds a {what}, whose channels can't be taken away"
             continue
         spatial = spatial or (isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1)
         read = read or not (item.is_output or ports.joined)

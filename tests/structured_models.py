@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploykit._compat import timm
 from deploykit.prune.structured_convert import slim_copy
@@ -58,6 +58,27 @@ def tiny_sht() -> nn.Module:
     return shake(net).eval()
 
 
+class PooledNet(nn.Module):
+    """Next-ViT's attention: queries, keys and values apart, the latter of pooled tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 32, 4, 4)
+        self.norm = nn.BatchNorm1d(32)
+        self.attn = timm.models.nextvit.EfficientAttention(32, head_dim=16, sr_ratio=2)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2)
+        x = x.transpose(1, 2) + self.attn(self.norm(x).transpose(1, 2))
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+def tiny_pooled() -> nn.Module:
+    return shake(PooledNet()).eval()
+
+
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vit": (tiny_vit, SIZE),
     "distilled": (tiny_distilled, SIZE),
@@ -66,6 +87,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "tinyvit": (tiny_tinyvit, 64),
     "convnext": (tiny_convnext, 64),
     "shvit": (tiny_sht, 64),
+    "pooled": (tiny_pooled, SIZE),
 }
 """Name: maker and image size."""
 

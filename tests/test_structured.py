@@ -7,18 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 from deploykit.backbones.inspection import count_macs
 from deploykit.errors import UsageError
+from deploykit.export.onnx import onnx_bytes
 from deploykit.export.structure import load_model, model_bytes
 from deploykit.graph.capture import capture
 from deploykit.prune.importance import IMPORTANCES
 from deploykit.prune.structured import StructureOptions, prune_structure
 from deploykit.prune.structured_convert import slim_copy
 from deploykit.prune.structured_groups import KINDS, Group, remove_units
+from deploykit.prune.structured_kinds import ATTENTION_KINDS
 from deploykit.prune.structured_slim import SlimAttention
 from deploykit.prune.structured_trial import reliable_groups, silence
 from deploykit.types import PassRecord
@@ -73,6 +76,21 @@ def test_a_family_shrinks_by_what_was_asked_and_ships(family: str, tmp_path: Pat
         assert torch.allclose(loaded.graph_module(images(5, size)), expected, atol=1e-4)
 
 
+def test_a_pruned_network_is_an_onnx_file_of_any_batch() -> None:
+    make, size = FAMILIES["swin"]
+    backbone, _ = prune_structure(
+        make_backbone(make(), size), replace(PLAIN, scope=ALL), batches(size)
+    )
+    captured = capture(backbone)
+    data = onnx_bytes(captured.graph_module, backbone, dynamic_batch=captured.dynamic_batch)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    for count in (1, 3):
+        x = images(count, size)
+        (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            assert torch.allclose(torch.from_numpy(result), backbone.module(x), atol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_units_that_nothing_reads_go_without_a_trace(family: str) -> None:
     """Every group: a third of its units silenced, or taken away; both networks answer alike."""
@@ -95,6 +113,13 @@ def test_slim_attention_answers_as_the_original(family: str) -> None:
     module = make()
     slim, _ = groups_of(module, size)
     assert torch.allclose(answers(slim, size), answers(module, size), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", sorted(ATTENTION_KINDS))
+def test_every_kind_of_attention_is_known_by_a_family(kind: str) -> None:
+    maker = ATTENTION_KINDS[kind]
+    modules = [part for make, _ in FAMILIES.values() for part in make().modules()]
+    assert any(maker(part) is not None for part in modules)
 
 
 def test_dead_channels_go_first_and_nothing_changes() -> None:
