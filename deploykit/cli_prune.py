@@ -77,7 +77,7 @@ def prune(
     importance: Annotated[Importance | None, typer.Option(help="What a width is worth.")] = None,
     scope: Annotated[
         str | None,
-        typer.Option(help="mlp,heads,qk,v,conv,embedding.", show_default="all but the last"),
+        typer.Option(help="mlp,heads,qk,v,conv,embedding.", show_default="mlp,heads,conv"),
     ] = None,
     blocks: Annotated[int | None, typer.Option(help="Whole blocks that go.")] = None,
     tokens: Tokens = None,

@@ -64,9 +64,11 @@ class PruneSection(Section):
     importance: Literal["magnitude", "taylor", "hessian", "dimap"] = Field(
         default="hessian", description="what a width is worth"
     )
-    scope: list[PruneScope] = Field(default=["mlp", "heads", "qk", "v", "conv"], min_length=1)
-    fairness: Literal["none", "kind", "layer"] = Field(
-        default="none", description="importances compare as they are, within a kind, or a layer"
+    scope: list[PruneScope] = Field(default=["mlp", "heads", "conv"], min_length=1)
+    fairness: Literal["auto", "none", "kind", "layer"] = Field(
+        default="auto",
+        description="importances compare as they are, within a kind, or a layer; auto: as suits "
+        "the importance",
     )
     layer_limit: float = Field(
         default=0.75, gt=0, le=0.95, description="most that one layer may lose"

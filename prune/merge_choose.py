@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from deploykit.errors import UsageError
 from deploykit.graph.capture import CapturedModel
 from deploykit.prune.merge_options import MergeOptions
-from deploykit.prune.merge_tokens import merge_tokens, mergeable
+from deploykit.prune.merge_tokens import merge_tokens, mergeable, merged_at_any_cost
 from deploykit.types import PassRecord
 
 __all__ = ["LADDER", "Steps", "choose_merging", "disagreement", "share_out"]
@@ -143,7 +143,10 @@ def choose_merging(
                 continue
             per_layer = tuple(amounts.get(index, 0) for index in range(depth))
             asked = replace(options, schedule="list", per_layer=per_layer)
-            merged, record = merge_tokens(captured, asked)
+            merged, record = merged_at_any_cost(captured, asked)
+            if record.details["macs_after"] >= record.details["macs_before"]:
+                low = middle + 1  # matching eats what so few tokens save
+                continue
             tried[ladder[middle]] = drop = evaluate(merged)
             advance(1)
             if drop <= max_drop:
@@ -173,7 +176,7 @@ def _measure(
     all_blocks, protected = mergeable(captured, options)
     blocks = [block for block in all_blocks if block.residual is not None]
     depth, tokens = len(blocks), max(block.tokens for block in blocks)
-    _, record = merge_tokens(captured, replace(options, schedule="constant", r=1))
+    _, record = merged_at_any_cost(captured, replace(options, schedule="constant", r=1))
     total = record.details["macs_before"]
     reference = _log_probabilities(captured, batches)
     found = {}
@@ -187,7 +190,7 @@ def _measure(
             for r in sorted({max(int(most * level), 1) for level in _LEVELS}):
                 per_layer = tuple(r if other == index else 0 for other in range(depth))
                 asked = replace(options, schedule="list", per_layer=per_layer)
-                merged, alone = merge_tokens(captured, asked)
+                merged, alone = merged_at_any_cost(captured, asked)
                 other_classes = _log_probabilities(merged, batches)
                 kl = F.kl_div(other_classes, reference, log_target=True, reduction="batchmean")
                 damage.append((r, max(float(kl), 0.0)))

@@ -27,7 +27,7 @@ from deploykit.prune.tokens_shapes import ShapeRunner
 from deploykit.prune.tokens_walk import Walk
 from deploykit.types import PassRecord
 
-__all__ = ["merge_tokens", "mergeable"]
+__all__ = ["merge_tokens", "mergeable", "merged_at_any_cost"]
 
 
 def example_of(captured: CapturedModel) -> Tensor:
@@ -77,6 +77,22 @@ def merge_tokens(
 
     Raises:
         UsageError: nothing can be merged, or it would cost more than it saves; the reason.
+    """
+    merged, record = merged_at_any_cost(captured, options)
+    old, new = record.details["macs_before"], record.details["macs_after"]
+    if record.details["tokens"] and new >= old:
+        message = f"merging is refused: matching tokens costs more than is saved ({old} multiply-"
+        raise UsageError(f"{message}adds before, {new} after)")
+    return merged, record
+
+
+def merged_at_any_cost(
+    captured: CapturedModel, options: MergeOptions
+) -> tuple[CapturedModel, PassRecord]:
+    """``merge_tokens`` where it saves nothing, too: to measure what merging does.
+
+    Raises:
+        UsageError: nothing can be merged.
     """
     scorer = find_scorer(options.scorer)
     if options.place == "local":
@@ -181,16 +197,9 @@ def _record(
     declined: dict[str, str],
     protected: int,
 ) -> PassRecord:
-    """What was merged, and the multiply-adds it saves.
-
-    Raises:
-        UsageError: it saves none.
-    """
+    """What was merged, and the multiply-adds it saves."""
     size = before.backbone.preprocessing.size
     old, new = (graph_macs(model.graph_module, size) for model in (before, after))
-    if done and new >= old:
-        message = f"merging is refused: matching tokens costs more than is saved ({old} multiply-"
-        raise UsageError(f"{message}adds before, {new} after)")
     removed = sum(first - last for _, first, last in done)
     local = options.place == "local"
     share = f"{100 * (1 - new / old):.0f} % fewer multiply-adds"
