@@ -20,7 +20,6 @@ from deploykit.artifacts import (
     size_and_hash,
 )
 from deploykit.backbones.build import build_backbone
-from deploykit.backbones.inspection import count_macs
 from deploykit.environment import environment, version
 from deploykit.errors import DeploykitError, UsageError
 from deploykit.export.onnx import onnx_bytes
@@ -29,6 +28,7 @@ from deploykit.export.structure import STRUCTURE_NAME, TENSORS_NAME, model_bytes
 from deploykit.fsio import ensure_directory
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.classes import select_classes
+from deploykit.graph.macs import count_macs
 from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.inputs import Inputs
 from deploykit.progress import Reporter
@@ -346,7 +346,7 @@ class _Job:
             seconds=round(time.monotonic() - clock, 1),
             model=self.backbone.name,
             parameters=sum(p.numel() for p in module.parameters()),
-            macs=count_macs(copy.deepcopy(module), self.backbone.preprocessing.size),
+            macs=count_macs(self.original.graph_module, self.backbone.preprocessing.size),
             preprocessing=self.backbone.preprocessing,
             weights=self.backbone.weights,
             bits=next(a.precision for a in artifacts if a.name == "compressed"),

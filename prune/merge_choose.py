@@ -8,10 +8,8 @@ evaluation accepts is found by bisection.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from torch.nn import functional as F
 
 from deploykit.errors import UsageError
 from deploykit.graph.capture import CapturedModel
+from deploykit.progress import Steps, silent
 from deploykit.prune.merge_options import MergeOptions
 from deploykit.prune.merge_tokens import merge_tokens, mergeable, merged_at_any_cost
 from deploykit.types import PassRecord
@@ -33,19 +32,6 @@ _LEVELS = (0.25, 0.5, 1.0)
 
 Batches = Callable[[], Iterable[Tensor]]
 Evaluate = Callable[[CapturedModel], float]
-
-
-class Steps(Protocol):
-    """Shows progress: a context with the name of a step and how much there is to do in it."""
-
-    def __call__(
-        self, title: str, total: float | None = None
-    ) -> AbstractContextManager[Callable[[float], None]]: ...
-
-
-@contextmanager
-def _silent(title: str, total: float | None = None) -> Iterator[Callable[[float], None]]:  # noqa: ARG001
-    yield lambda _: None
 
 
 @dataclass(frozen=True)
@@ -106,7 +92,7 @@ def choose_merging(
     options: MergeOptions | None = None,
     *,
     ladder: Sequence[float] = LADDER,
-    steps: Steps = _silent,
+    steps: Steps = silent,
 ) -> tuple[CapturedModel, PassRecord]:
     """The model with the most merged whose drop stays within a limit.
 

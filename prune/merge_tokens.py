@@ -16,12 +16,12 @@ from torch import Tensor, fx
 from deploykit.errors import UsageError
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.edit import clean
+from deploykit.graph.macs import count_macs
 from deploykit.prune.merge_local import find_local_blocks, merge_locally
 from deploykit.prune.merge_options import MergeOptions, reductions
 from deploykit.prune.merge_scorers import Halves, find_scorer
 from deploykit.prune.tokens_blocks import AttentionBlock, find_blocks
 from deploykit.prune.tokens_errors import BlockedError
-from deploykit.prune.tokens_macs import graph_macs
 from deploykit.prune.tokens_protected import leading_tokens
 from deploykit.prune.tokens_shapes import ShapeRunner
 from deploykit.prune.tokens_walk import Walk
@@ -199,7 +199,7 @@ def _record(
 ) -> PassRecord:
     """What was merged, and the multiply-adds it saves."""
     size = before.backbone.preprocessing.size
-    old, new = (graph_macs(model.graph_module, size) for model in (before, after))
+    old, new = (count_macs(model.graph_module, size) for model in (before, after))
     removed = sum(first - last for _, first, last in done)
     local = options.place == "local"
     share = f"{100 * (1 - new / old):.0f} % fewer multiply-adds"

@@ -16,6 +16,7 @@ from torch import fx
 
 from deploykit.errors import TargetMissingError, UsageError
 from deploykit.graph.capture import CapturedModel
+from deploykit.progress import Steps, silent
 from deploykit.prune.distill_losses import LOSSES
 from deploykit.prune.distill_taps import comparable, with_taps
 from deploykit.prune.qat import PREFIX, insert_fake_quantizers, rounded_weights
@@ -24,7 +25,6 @@ from deploykit.prune.recover_data import Images, split
 from deploykit.prune.recover_judge import Judge
 from deploykit.prune.recover_loop import Training
 from deploykit.prune.recover_options import QatOptions, RecoverOptions
-from deploykit.prune.recover_progress import Steps, silent
 from deploykit.prune.recover_weights import hold_zeros, make_trainable, named, write_back
 from deploykit.types import PassRecord
 

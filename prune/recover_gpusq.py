@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploykit.graph.capture import CapturedModel
+from deploykit.progress import Steps, silent
 from deploykit.prune.recover import recover
 from deploykit.prune.recover_data import Images
 from deploykit.prune.recover_options import QatOptions, RecoverOptions
-from deploykit.prune.recover_progress import Steps, silent
 from deploykit.types import PassRecord
 
 __all__ = ["recover_gpusq", "weights_from"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from deploykit.errors import DeploykitError
+from deploykit.progress import Steps
 from deploykit.prune.distill_losses import LOSSES, Lesson
 from deploykit.prune.qat import PREFIX
 from deploykit.prune.recover_checkpoint import load_checkpoint, save_checkpoint
@@ -21,7 +22,6 @@ from deploykit.prune.recover_data import Split
 from deploykit.prune.recover_ema import moving_average
 from deploykit.prune.recover_judge import Judge, autocast
 from deploykit.prune.recover_options import RecoverOptions
-from deploykit.prune.recover_progress import Steps
 from deploykit.prune.recover_stop import EarlyStop, Judgement
 from deploykit.prune.recover_weights import named
 

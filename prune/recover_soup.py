@@ -10,12 +10,12 @@ from torch import nn
 
 from deploykit.errors import UsageError
 from deploykit.graph.capture import CapturedModel
+from deploykit.progress import Steps, silent
 from deploykit.prune.distill_taps import logits, with_taps
 from deploykit.prune.recover import import_accelerate, recover
 from deploykit.prune.recover_data import Images, split
 from deploykit.prune.recover_judge import Judge
 from deploykit.prune.recover_options import RecoverOptions
-from deploykit.prune.recover_progress import Steps, silent
 from deploykit.prune.soup import soup
 from deploykit.types import PassRecord
 

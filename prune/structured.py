@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from deploykit.errors import DeploykitError, UsageError, one_line
 from deploykit.graph.capture import capture
+from deploykit.graph.macs import count_macs
+from deploykit.progress import Steps, silent
 from deploykit.prune.importance import find_importance
 from deploykit.prune.importance_gradients import measured_scores
 from deploykit.prune.latency import LayerShape, MeasureLayers, latency_terms
@@ -21,7 +22,7 @@ from deploykit.prune.structured_convert import slim_copy
 from deploykit.prune.structured_cost import Cost, Term, mac_terms, parameter_terms
 from deploykit.prune.structured_groups import Group, remove_units
 from deploykit.prune.structured_layers import layers_of
-from deploykit.prune.structured_options import Steps, StructureOptions, silent
+from deploykit.prune.structured_options import StructureOptions
 from deploykit.prune.structured_ports import attention_groups
 from deploykit.prune.structured_search import Choice, choose_widths, options_of
 from deploykit.prune.structured_trace import channel_groups
@@ -64,7 +65,7 @@ def prune_structure(
     job = _Job(options, batches, _remembered(measure), torch.zeros(1, 3, size, size))
     with steps("find what can be pruned"):
         module, declined = slim_copy(backbone.module, job.example)
-        before, before_macs = _count(module), _macs(module, size)
+        before, before_macs = _count(module), count_macs(module, size)
         job.find(module, declined)
         full_cost = job.cost().total(np.ones(len(job.groups)))
         job.refuse_impossible(full_cost)
@@ -88,7 +89,7 @@ def prune_structure(
     with steps("check the pruned network"):
         pruned = replace(backbone, module=module)
         _check(pruned)
-    after, after_macs = _count(module), _macs(module, size)
+    after, after_macs = _count(module), count_macs(module, size)
     record = _record(
         options, (before, after), (before_macs, after_macs), (full_cost, predicted),
         widths, blocks, job.declined,
@@ -223,12 +224,6 @@ def _layers_inside(module: nn.Module, names: Iterable[str]) -> frozenset[nn.Modu
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _macs(module: nn.Module, size: int) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.zeros(1, 3, size, size))
-    return int(counter.get_total_flops()) // 2
 
 
 def _check(backbone: Backbone) -> None:

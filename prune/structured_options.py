@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from deploykit.errors import UsageError
 from deploykit.prune.importance import find_importance
 from deploykit.prune.structured_groups import KINDS
 from deploykit.prune.structured_search import Fairness
 
-__all__ = ["Budget", "Steps", "StructureOptions", "silent"]
+__all__ = ["Budget", "StructureOptions"]
 
 Budget = Literal["macs", "parameters", "latency"]
 _MOST = 0.95
@@ -80,17 +78,3 @@ class StructureOptions:
         """The fairness, decided."""
         chosen = find_importance(self.importance).fairness
         return chosen if self.fairness == "auto" else self.fairness
-
-
-class Steps(Protocol):
-    """Shows progress: a context with the name of a step and how much there is to do in it."""
-
-    def __call__(
-        self, title: str, total: float | None = None
-    ) -> AbstractContextManager[Callable[[float], None]]: ...
-
-
-@contextmanager
-def silent(title: str, total: float | None = None):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """No progress."""
-    yield lambda _: None

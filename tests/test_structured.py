@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploykit.backbones.inspection import count_macs
 from deploykit.errors import UsageError
 from deploykit.export.onnx import onnx_bytes
 from deploykit.export.structure import load_model, model_bytes
 from deploykit.graph.capture import capture
+from deploykit.graph.macs import count_macs
 from deploykit.prune.importance import IMPORTANCES
 from deploykit.prune.structured import StructureOptions, prune_structure
 from deploykit.prune.structured_convert import slim_copy

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deploykit._compat import timm
-from deploykit.backbones.inspection import count_macs
 from deploykit.export.structure import load_model, model_bytes
 from deploykit.graph.capture import capture
+from deploykit.graph.macs import count_macs
 from deploykit.prune.structured import StructureOptions, prune_structure
 from deploykit.prune.structured_groups import KINDS
 from tests.graphs import batches, images, make_backbone

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from deploykit.graph.macs import count_macs
 from deploykit.types import Backbone, Preprocessing, WeightsOrigin
 
-__all__ = ["Inspection", "count_macs", "inspect_backbone"]
+__all__ = ["Inspection", "inspect_backbone"]
 
 _SIZE_STEP = 32  # the coarsest stride in common use: a conv net that is free takes this step
 
@@ -56,13 +56,6 @@ def inspect_backbone(backbone: Backbone, notes: list[str] | None = None) -> Insp
         input_policy="free" if _is_free(module, size) else "fixed",
         notes=list(notes or []),
     )
-
-
-def count_macs(module: nn.Module, size: int) -> int:
-    """Half of torch's FLOP count, for one (3, size, size) image."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.zeros(1, 3, size, size))
-    return int(counter.get_total_flops()) // 2
 
 
 def _is_free(module: nn.Module, size: int) -> bool:
