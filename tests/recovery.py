@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from deploykit.graph.capture import CapturedModel
 from deploykit.prune.recover import RecoverOptions
-from deploykit.prune.semi_structured import sparsify_2_4
+from deploykit.prune.sparsity import SparsityOptions, sparsify
 from tests.graphs import captured, tiny_cnn, tiny_vit
 
 QUICK = RecoverOptions(epochs=4, lr=1e-3, batch_size=16, held_out=0.25, patience=100)
@@ -31,7 +31,7 @@ def cnn() -> CapturedModel:
 
 @cache
 def sparse_vit() -> CapturedModel:
-    return captured(sparsify_2_4(tiny_vit())[0])
+    return sparsify(captured(tiny_vit()), SparsityOptions())[0]
 
 
 class Waves(Dataset[tuple[Tensor, int]]):

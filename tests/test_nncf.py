@@ -27,6 +27,7 @@ from deploykit.recipe_io import build_recipe
 from deploykit.report.gates import evaluate_gates
 from deploykit.report.markdown import render_markdown
 from deploykit.report.model import Report, load_report
+from deploykit.targets.registry import Target
 from tests.factories import make_parity, make_report
 
 nncf = pytest.importorskip("nncf")
@@ -283,13 +284,13 @@ def test_a_comparison_that_fails_does_not_fail_the_run(
 def test_a_missed_parity_of_the_other_file_is_a_warning(
     tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = verify._runner
+    real = verify.loaded
 
-    def wrong(target: str, path: Path, threads: int) -> Any:
+    def wrong(target: Target, path: Path, threads: int) -> Any:
         run = real(target, path, threads)
         return lambda images: run(images) * 1.5 if path.name == "nncf.onnx" else run(images)
 
-    monkeypatch.setattr(verify, "_runner", wrong)
+    monkeypatch.setattr(verify, "loaded", wrong)
     report = deploykit.compress(**tiny_options, compare=["nncf"], out=tmp_path / "out")
     assert report.exit_code == 0
     assert any("nncf: its file missed parity" in line for line in report.warnings)

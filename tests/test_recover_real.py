@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from deploykit.backbones.build import build_backbone
 from deploykit.data import open_dataset
 from deploykit.graph.capture import capture
 from deploykit.prune.recover import RecoverOptions, recover
-from deploykit.prune.semi_structured import sparsify_2_4
+from deploykit.prune.sparsity import SparsityOptions, sparsify
 from deploykit.recipe import ModelSection
 from deploykit.training_images import TrainingImages
 
@@ -34,7 +33,7 @@ def test_a_real_sparse_vit_gets_nearer_to_its_original() -> None:
     train = open_dataset(
         DATA / "imagenette" / "train", backbone.preprocessing, labelled=False, limit=256
     )
-    student = capture(replace(backbone, module=sparsify_2_4(backbone.module)[0]))
+    student = sparsify(capture(backbone), SparsityOptions())[0]
     options = RecoverOptions(batch_size=16, epochs=1, evaluations=1, held_out=0.125)
     recovered, record = recover(student, capture(backbone), options, TrainingImages(train))
     assert record.details["best"]["kl"] < 0.7 * record.details["before"]["kl"]
