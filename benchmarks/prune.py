@@ -24,7 +24,7 @@ from deploykit.report.model import Report
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TARGETS = ["cpu-openvino", "cpu-onnxruntime"]
-RECOVER_MINUTES = 20
+RECOVER_MINUTES = 10  # on two cores: twenty processor minutes
 # What each row asks for beyond the suite's own options; w8a8 where no algorithm is named.
 ROWS: dict[str, dict[str, Any]] = {
     "w8a8": {},

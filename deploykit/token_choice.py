@@ -13,6 +13,7 @@ from deploykit.graph.capture import CapturedModel
 from deploykit.inputs import Inputs
 from deploykit.progress import Steps
 from deploykit.prune.merge_choose import choose_merging, disagreement
+from deploykit.prune.merge_share import choose_share
 from deploykit.prune_options import merge_options
 from deploykit.recipe import Recipe
 from deploykit.types import PassRecord
@@ -27,6 +28,9 @@ def chosen_merging(
     recipe: Recipe, inputs: Inputs, model: CapturedModel, steps: Steps
 ) -> tuple[CapturedModel, PassRecord]:
     """The model with the most merged whose drop stays within ``merge.max_drop``.
+
+    Tried are amounts for every block by the damage they do there, and large shares in three
+    blocks; what leaves fewest multiply-adds is taken.
 
     Judged on ``merge.images`` images of the calibration folder: by their labels where it has
     any, else by how often the unmerged model answers otherwise. Never on the images that the run
@@ -52,9 +56,12 @@ def chosen_merging(
         evaluate, how = disagreement(model, few), "answers that changed"
     else:
         evaluate, how = _drop(model, labelled, size), f"labels of {labelled.description}"
-    merged, record = choose_merging(
-        model, few, evaluate, limit, merge_options(section), steps=steps
-    )
+    options = merge_options(section)
+    found = [choose_merging(model, few, evaluate, limit, options, steps=steps)]
+    in_few = choose_share(model, evaluate, limit, options, steps=steps)
+    if in_few is not None:
+        found.append(in_few)
+    merged, record = min(found, key=lambda one: int(one[1].details["macs_after"]))
     details = {**record.details, "judged_by": how, "limit": limit}
     return merged, record.model_copy(update={"details": details})
 
