@@ -6,7 +6,10 @@ from collections import Counter
 
 from deploykit.backbones.build import build_backbone
 from deploykit.backbones.inspection import Inspection, inspect_backbone
+from deploykit.errors import UsageError
 from deploykit.graph.capture import CapturedModel, capture
+from deploykit.prune.merge_options import MergeOptions
+from deploykit.prune.merge_tokens import mergeable
 from deploykit.prune.sparsity_layers import GAIN_CHANNELS, eligible_layers
 from deploykit.quant.folds.batch_norm import fold_batch_norm
 from deploykit.quant.folds.norm import find_norm_groups
@@ -33,7 +36,7 @@ def inspect_model(model: ModelSection, seed: int) -> Inspection:
     )
     ops.pop("getitem", None)
     reach = _reach(captured)
-    reach |= _sparsity(captured)
+    reach |= _sparsity(captured) | {"token merging": _merging(captured)}
     if not captured.dynamic_batch:
         notes = [*facts.notes, "the model fixes its batch size at 1"]
         facts = facts.model_copy(update={"notes": notes})
@@ -97,6 +100,22 @@ def _sparsity(captured: CapturedModel) -> dict[str, dict[str, int | str]]:
             "of": len(rows),
             "why": f"{shares[1]} of the weights; NVIDIA only, in and out >= {GAIN_CHANNELS}",
         },
+    }
+
+
+def _merging(captured: CapturedModel) -> dict[str, int | str]:
+    """Attention blocks behind which tokens can merge for good."""
+    try:
+        blocks, protected = mergeable(captured, MergeOptions())
+    except UsageError as error:
+        return {"reaches": 0, "of": 0, "why": str(error)}
+    able = [block for block in blocks if block.residual is not None]
+    declined = Counter(block.reason for block in blocks if block.residual is None)
+    why = f"{max(block.tokens for block in able)} tokens, {protected} of them never merge"
+    return {
+        "reaches": len(able),
+        "of": len(blocks),
+        "why": "; ".join(filter(None, [why, _counts(declined, {})])),
     }
 
 

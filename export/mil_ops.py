@@ -284,6 +284,27 @@ def _fill(call: Call) -> Tensor:
     return torch.full(call.integers("shape"), call.number("value"))
 
 
+@mil_op("fill_like")
+def _fill_like(call: Call) -> Tensor:
+    value = call.number("value")
+    return torch.full_like(call.tensor("ref_tensor"), value)
+
+
+@mil_op("reduce_argmax")
+def _reduce_argmax(call: Call) -> Tensor:
+    keep = bool(call.integer("keep_dims", 0))
+    return torch.argmax(call.tensor("x"), call.integer("axis", -1), keep).to(torch.int32)
+
+
+@mil_op("topk")
+def _topk(call: Call) -> list[Tensor]:
+    ascending = bool(call.integer("ascending", 0))
+    found = torch.topk(
+        call.tensor("x"), call.integer("k", 1), call.integer("axis", -1), largest=not ascending
+    )
+    return [found.values, found.indices.to(torch.int32)]
+
+
 @mil_op("range_1d")
 def _range(call: Call) -> Tensor:
     return torch.arange(

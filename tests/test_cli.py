@@ -123,6 +123,8 @@ def test_inspect_says_what_each_technique_reaches(
     assert found["captured_ops"]["conv2d"] == 4
     assert found["reach"]["BatchNorm fold"]["reaches"] == 2
     assert found["reach"]["RepQ norm fold"]["reaches"] == 1
+    merging = found["reach"]["token merging"]
+    assert merging["reaches"] == 0 and "can't be merged" in merging["why"]
     assert _main(["inspect", TINY]) == 0
     assert "RepQ" in capfd.readouterr().out
 
