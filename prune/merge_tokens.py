@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import floor
 
+import torch
 from torch import Tensor, fx
 
 from deploykit.errors import UsageError
 from deploykit.graph.capture import CapturedModel
-from deploykit.graph.edit import clean
+from deploykit.graph.edit import clean, is_op
 from deploykit.graph.macs import count_macs
 from deploykit.prune.merge_local import find_local_blocks, merge_locally
 from deploykit.prune.merge_options import MergeOptions, reductions
@@ -28,6 +29,9 @@ from deploykit.prune.tokens_walk import Walk
 from deploykit.types import PassRecord
 
 __all__ = ["merge_tokens", "mergeable", "merged_at_any_cost"]
+
+aten = torch.ops.aten
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
 def example_of(captured: CapturedModel) -> Tensor:
@@ -47,7 +51,7 @@ def mergeable(captured: CapturedModel, options: MergeOptions) -> tuple[list[Atte
     able = [block for block in blocks if block.residual is not None]
     name = captured.backbone.name
     if not blocks:
-        raise UsageError(f"tokens of {name} can't be merged: it has no attention over tokens")
+        raise UsageError(f"tokens of {name} can't be merged: {_without_stream(captured)}")
     if not able:
         first = blocks[0]
         raise UsageError(f"tokens of {name} can't be merged: at {first.name}, {first.reason}")
@@ -65,6 +69,14 @@ def mergeable(captured: CapturedModel, options: MergeOptions) -> tuple[list[Atte
     if not 0 <= protected < most:
         raise UsageError(f"{protected} of {most} tokens can't be protected")
     return blocks, protected
+
+
+def _without_stream(captured: CapturedModel) -> str:
+    """Why there is no block with a stream of tokens (B, N, C)."""
+    attends = any(is_op(node, *_SOFTMAX) for node in captured.graph_module.graph.nodes)
+    if attends:
+        return "its attention works on a map, which the convolutions around it need whole"
+    return "it has no attention"
 
 
 def merge_tokens(

@@ -24,6 +24,7 @@ from deploykit.prune.merge_scorers import SCORERS
 from deploykit.prune.merge_tokens import merge_tokens
 from deploykit.quant.quantize import QuantizeOptions, quantize
 from tests.graphs import batches, captured, images, make_backbone, shake, tiny_cnn
+from tests.tiny_models import tiny_hybrid
 
 aten = torch.ops.aten
 ViT = timm.models.VisionTransformer
@@ -271,7 +272,8 @@ class Picks(nn.Module):
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "no attention": (tiny_cnn, "no attention over tokens"),
+    "no attention": (tiny_cnn, "it has no attention"),
+    "attention on a map": (tiny_hybrid, "attention works on a map"),
     "a patch is picked": (lambda: Picks(lambda t: t[:, 3]), "token 3 is picked"),
     "the last is picked": (lambda: Picks(lambda t: t[:, -1]), "token 16 is picked"),
     "the largest": (lambda: Picks(lambda t: t.amax(1)), "amax over tokens"),
