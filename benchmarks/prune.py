@@ -30,6 +30,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "w8a8": {},
     "tokens": {"algorithm": "none", "tokens": "auto"},
     "tokens + w8a8": {"tokens": "auto"},
+    "a quarter of the tokens, three times + w8a8": {
+        "tokens": "fast",
+        "recipe": {"merge": {"share": 0.25}},
+    },
     "pruned 30 %, recovered + w8a8": {"prune": 0.3, "recover": True},
     "pruned 30 %, tokens, recovered + w8a8": {"prune": 0.3, "tokens": "auto", "recover": True},
     "2:4 + w8a8": {"sparsity": "2:4"},
@@ -145,9 +149,10 @@ def main() -> None:
         results = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     for name in args.rows or ROWS:
         with tempfile.TemporaryDirectory() as folder:
+            chosen = options(args.data, ROWS[name])
             report = deploykit.compress(
-                recipe=apply_overrides({}, args.set),
-                **options(args.data, ROWS[name]),
+                recipe=apply_overrides(chosen.pop("recipe", {}), args.set),
+                **chosen,
                 out=Path(folder) / "out",
                 quiet=False,
             )
