@@ -16,7 +16,7 @@ TITLES = {
     "demo": "The demo: SHViT-S1, Fashion-MNIST, 112 px (`make demo` runs its first line)",
     "vit": "A real ViT-S/14 at 168 px, fine-tuned from DINOv2, on Imagenette",
     "efficientnet": "EfficientNet-Lite0, 1000 classes, on 650 ImageNet validation images",
-    "prune_vit": "Smaller first: the same ViT merged, pruned and recovered, sparse",
+    "prune_vit": "Smaller first: the same ViT, its tokens merged before it is quantised",
     "peers": "Other tools on the same weights and the same 32 calibration images",
     "ladder": "What each ingredient adds: W4A4 on the real ViT",
     "growth": "What quantising costs",

@@ -207,3 +207,10 @@ def sparse_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
     folder = tmp_path_factory.mktemp("sparse") / "model"
     saved(None, "2:4", folder)
     return (folder / STRUCTURE_NAME).read_text(), (folder / TENSORS_NAME).read_bytes()
+
+
+def test_an_unpacked_1x1_convolution_lies_in_memory_as_it_did() -> None:
+    weight = torch.randn(16, 8, 1, 1)
+    weight[:, 1::2] = 0
+    again = unpack_two_of_four(*pack_two_of_four(weight, 1), 1)
+    assert torch.equal(again, weight) and again.stride() == weight.stride()

@@ -69,7 +69,10 @@ def unpack_two_of_four(values: Tensor, positions: Tensor, axis: int) -> Tensor:
         raise ValueError("positions of a group out of order")
     whole = pairs.new_zeros(*pairs.shape[:-1], 4)
     whole.scatter_(-1, places.reshape(pairs.shape), pairs)
-    return whole.flatten(-2).movedim(-1, axis).contiguous()
+    moved = whole.flatten(-2).movedim(-1, axis)
+    # Not contiguous(): it keeps odd strides of axes of length 1, by which torch picks another
+    # convolution, with other last digits.
+    return moved.clone(memory_format=torch.contiguous_format)
 
 
 def _groups(tensor: Tensor, axis: int) -> Tensor:
