@@ -11,10 +11,11 @@ from torch import Tensor
 
 from deploykit.data import ImageSet, open_dataset
 from deploykit.errors import UsageError
+from deploykit.graph.execute import take
 from deploykit.synthetic import synthetic_images
-from deploykit.types import Backbone
+from deploykit.types import Backbone, Preprocessing
 
-__all__ = ["Images", "calibration_images", "verification_images"]
+__all__ = ["Images", "calibration_images", "labelled_images", "verification_images"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def calibration_images(
     """
     if path is None:
         return _synthetic(backbone, count, seed)
-    own = None if classes is None else _of_classes(path, backbone, classes)
+    own = None
+    if classes is not None:
+        own = labelled_images(path, backbone.preprocessing, backbone.num_classes, classes)
     if own is not None:
         step = max(len(own) // count, 1)
         return _from_set(own.subset(range(0, len(own), step)[:count]))
@@ -67,13 +70,25 @@ def calibration_images(
     return _from_set(found)
 
 
-def _of_classes(path: Path, backbone: Backbone, classes: Sequence[int]) -> ImageSet | None:
+def labelled_images(
+    path: Path,
+    preprocessing: Preprocessing,
+    num_classes: int,
+    classes: Sequence[int] | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+) -> ImageSet | None:
+    """The folder's images if they carry labels the model knows (of ``classes``: any), else None.
+
+    For uses that images without labels serve, too.
+    """
     try:
-        every = open_dataset(
-            path, backbone.preprocessing, labelled=True, num_classes=backbone.num_classes
+        found = open_dataset(
+            path, preprocessing, labelled=True, num_classes=num_classes, limit=limit, seed=seed
         )
-        return every.of_classes(classes)
-    except UsageError:  # no labels, or none of these: all images serve
+        return found if classes is None else found.of_classes(classes)
+    except UsageError:
         return None
 
 
@@ -81,17 +96,9 @@ def verification_images(evaluation: ImageSet | None, calibration: Images, count:
     """``count`` images for parity: spread over the labelled ones, else the calibration images."""
     if evaluation is None:
         wanted = min(count, calibration.count)
-        first = torch.cat(list(_take(calibration.batches(wanted), wanted)))
+        first = torch.cat(take(calibration.batches(wanted), wanted))
         text = f"first {wanted} of {calibration.description}"
         return Images(text, wanted, lambda size: iter(first.split(size)))
     step = max(len(evaluation) // count, 1)
     chosen = evaluation.subset(range(0, len(evaluation), step)[:count])
     return _from_set(chosen)
-
-
-def _take(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:
-    for batch in batches:
-        yield batch[:count]
-        count -= len(batch)
-        if count <= 0:
-            return

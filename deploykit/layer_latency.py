@@ -27,12 +27,12 @@ from deploykit.errors import (
     MeasurementError,
     TargetMissingError,
     UsageError,
-    one_line,
 )
 from deploykit.fsio import atomic_write_bytes
 from deploykit.prune.latency import LayerShape
 from deploykit.targets.child import ask
 from deploykit.targets.device import pick_cores, pin
+from deploykit.targets.process_end import end_with
 from deploykit.targets.registry import get_target
 
 __all__ = ["layer_file", "main", "measure_layers"]
@@ -207,12 +207,4 @@ def _times(request: dict[str, Any]) -> list[float]:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except BrokenPipeError:  # whoever asked is gone
-        code = 1
-    except Exception as error:
-        sys.stderr.write(f"{type(error).__name__}: {one_line(error)}\n")
-        code = MeasurementError.exit_code
-    sys.stdout.flush()
-    os._exit(code)  # some runtimes hang or crash in their global destructors
+    end_with(main)

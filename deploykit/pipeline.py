@@ -49,7 +49,7 @@ from deploykit.targets.registry import Target
 from deploykit.types import STAGES, Artifact, Backbone, ParityRow, PassRecord
 from deploykit.verdict import judge
 from deploykit.verify import check_parity, measure_accuracy, measure_latency
-from deploykit.workspace import Workspace, open_workspace
+from deploykit.workspace import Workspace, open_workspace, output_folder
 
 __all__ = ["default_output", "run"]
 
@@ -58,12 +58,11 @@ SYMMETRY: dict[Profile, Symmetry] = {"asymmetric": "none", "mixed": "matmul", "s
 
 def default_output(recipe: Recipe) -> Path:
     """``out/<model>-<bits>`` in the working folder, with the algorithm if it isn't ours."""
-    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in recipe.model.name)
     section = recipe.quantize
     if section.algorithm == "none":
-        return Path("out") / f"{stem[-80:]}-pruned"
+        return output_folder(recipe.model.name, "pruned")
     other = "" if section.algorithm == "deploykit" else f"-{section.algorithm}"
-    return Path("out") / f"{stem[-80:]}-{section.bits}{other}"
+    return output_folder(recipe.model.name, f"{section.bits}{other}")
 
 
 def run(

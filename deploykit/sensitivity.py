@@ -38,6 +38,7 @@ from deploykit.recipe_io import dump_recipe
 from deploykit.report.sensitivity_model import Budget, Collapse, LayerRow, SensitivityReport
 from deploykit.report.sensitivity_page import render_page
 from deploykit.sensitivity_budget import BudgetAsked, allocate_bits, weight_width
+from deploykit.workspace import output_folder
 
 __all__ = ["METRICS", "SensitivityOptions", "default_output", "parse_widths", "run_sensitivity"]
 
@@ -84,8 +85,7 @@ def parse_widths(text: str) -> tuple[str, ...]:
 
 def default_output(recipe: Recipe) -> Path:
     """``out/<model>-sensitivity`` in the working folder."""
-    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in recipe.model.name)
-    return Path("out") / f"{stem[-80:]}-sensitivity"
+    return output_folder(recipe.model.name, "sensitivity")
 
 
 def run_sensitivity(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deploykit.artifacts import ArtifactWriter, chosen_exporters, chosen_targets, loadable
 from deploykit.backbones.build import build_backbone
-from deploykit.data import ImageSet, open_dataset
+from deploykit.data import ImageSet
 from deploykit.environment import version
 from deploykit.errors import ExitCode, UsageError
 from deploykit.evaluate import paired_accuracy, top1_and_predictions
@@ -28,7 +28,7 @@ from deploykit.export.target_reader import loaded
 from deploykit.fsio import atomic_write_text, remove
 from deploykit.fusion import Fusion, fit_fusion
 from deploykit.graph.capture import capture
-from deploykit.images import calibration_images
+from deploykit.images import calibration_images, labelled_images
 from deploykit.inputs import Inputs
 from deploykit.pipeline import run
 from deploykit.progress import Reporter
@@ -41,7 +41,7 @@ from deploykit.targets.device import allowed_cores
 from deploykit.targets.registry import Target
 from deploykit.types import Accuracy, Artifact, Backbone
 from deploykit.verify import measure_latency
-from deploykit.workspace import open_workspace
+from deploykit.workspace import open_workspace, output_folder
 
 __all__ = ["default_output", "read_classes", "run_split", "share_out"]
 
@@ -51,8 +51,7 @@ _MAX_BYTES = 16_000_000
 
 def default_output(recipe: Recipe, parts: int) -> Path:
     """``out/<model>-split<parts>`` in the working folder."""
-    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in recipe.model.name)
-    return Path("out") / f"{stem[-80:]}-split{parts}"
+    return output_folder(recipe.model.name, f"split{parts}")
 
 
 def share_out(count: int, parts: int) -> list[list[int]]:
@@ -274,17 +273,14 @@ class _Group:
 
     def _fit_images(self, backbone: Backbone) -> tuple[Tensor, Tensor | None, str]:
         folder, seed = self.recipe.calibration.data, self.recipe.seed
+        found = None
         if folder is not None:
-            try:
-                found = open_dataset(
-                    folder, backbone.preprocessing, labelled=True,
-                    num_classes=backbone.num_classes, limit=_FIT_IMAGES, seed=seed,
-                )  # fmt: skip
-            except UsageError:
-                pass  # images without labels: the original answers for them
-            else:
-                pixels = torch.cat([batch for batch, _ in found.tensor_batches(self.batch)])
-                return pixels, found.labels, f"{found.description}, by their labels"
+            found = labelled_images(
+                folder, backbone.preprocessing, backbone.num_classes, limit=_FIT_IMAGES, seed=seed
+            )
+        if found is not None:
+            pixels = torch.cat([batch for batch, _ in found.tensor_batches(self.batch)])
+            return pixels, found.labels, f"{found.description}, by their labels"
         pool = calibration_images(folder, backbone, _FIT_IMAGES, seed)
         pixels = torch.cat(list(pool.batches(self.batch)))
         return pixels, None, f"{pool.description}, by the original's answers"

@@ -143,7 +143,8 @@ class Stages:
         return sparse, [record]
 
     def _recover(self, model: CapturedModel) -> tuple[CapturedModel, Sequence[PassRecord]]:
-        return recovered(self.recipe, model, self.original, self.workspace.work, self.reporter.step)
+        checkpoints = self.workspace.work / "recovery"
+        return recovered(self.recipe, model, self.original, checkpoints, self.reporter.step)
 
     def _batches(self, model: CapturedModel) -> Callable[[], Iterator[Tensor]]:
         """Calibration images, from the start each time."""

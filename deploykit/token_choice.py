@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from torch import Tensor
-
-from deploykit.data import ImageSet, open_dataset
-from deploykit.errors import UsageError
+from deploykit.data import ImageSet
 from deploykit.evaluate import top1_and_predictions
 from deploykit.graph.capture import CapturedModel
+from deploykit.graph.execute import take
+from deploykit.images import labelled_images
 from deploykit.inputs import Inputs
 from deploykit.progress import Steps
 from deploykit.prune.merge_choose import choose_merging, disagreement
@@ -43,21 +42,14 @@ def chosen_merging(
     limit = section.max_drop or recipe.gates.max_drop or _DROP
     size = recipe.calibration.batch_size if model.dynamic_batch else 1
 
-    def few() -> Iterator[Tensor]:
-        left = min(_DAMAGE_IMAGES, inputs.calibration.count)
-        for batch in inputs.calibration.batches(min(size, left)):
-            yield batch[:left]
-            left -= len(batch)
-            if left <= 0:
-                return
-
+    few = take(inputs.calibration.batches(size), _DAMAGE_IMAGES)  # run many times: read once
     labelled = _labelled(recipe, model)
     if labelled is None:
-        evaluate, how = disagreement(model, few), "answers that changed"
+        evaluate, how = disagreement(model, lambda: few), "answers that changed"
     else:
         evaluate, how = _drop(model, labelled, size), f"labels of {labelled.description}"
     options = merge_options(section)
-    found = [choose_merging(model, few, evaluate, limit, options, steps=steps)]
+    found = [choose_merging(model, lambda: few, evaluate, limit, options, steps=steps)]
     in_few = choose_share(model, evaluate, limit, options, steps=steps)
     if in_few is not None:
         found.append(in_few)
@@ -72,14 +64,10 @@ def _labelled(recipe: Recipe, model: CapturedModel) -> ImageSet | None:
         return None
     classes = recipe.model.classes
     count = max([model.backbone.num_classes, *(c + 1 for c in classes or ())])
-    try:
-        found = open_dataset(
-            folder, model.backbone.preprocessing, labelled=True, num_classes=count,
-            limit=recipe.merge.images, seed=recipe.seed,
-        )  # fmt: skip
-        return found if classes is None else found.of_classes(classes)
-    except UsageError:
-        return None  # images without labels serve, too
+    return labelled_images(
+        folder, model.backbone.preprocessing, count, classes,
+        limit=recipe.merge.images, seed=recipe.seed,
+    )  # fmt: skip
 
 
 def _drop(model: CapturedModel, images: ImageSet, size: int) -> Callable[[CapturedModel], float]:

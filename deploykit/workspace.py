@@ -17,7 +17,7 @@ from deploykit.errors import UsageError
 from deploykit.fsio import atomic_write_bytes, atomic_write_text, ensure_directory, publish, remove
 from deploykit.types import STAGES
 
-__all__ = ["Workspace", "open_workspace"]
+__all__ = ["Workspace", "open_workspace", "output_folder"]
 
 _FILES = (
     "report.json",
@@ -32,6 +32,12 @@ _FILES = (
 _STEMS = ("model", "original", "nncf", *STAGES)  # of the files in any format
 _OURS = (".work", "report.json", "recipe.yaml")
 _STAMP = "run.json"
+
+
+def output_folder(model: str, suffix: str) -> Path:
+    """``out/<model>-<suffix>`` in the working folder, where the user names none."""
+    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in model)
+    return Path("out") / f"{stem[-80:]}-{suffix}"
 
 
 class Workspace:

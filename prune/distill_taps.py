@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from deploykit.graph.edit import is_op, layer_name
+from deploykit.graph.units import image_nodes
 
 __all__ = ["Taps", "attention_maps", "block_outputs", "comparable", "logits", "with_taps"]
 
@@ -45,7 +46,7 @@ def block_outputs(graph: fx.Graph) -> Taps:
 
     A network without residual sums has none.
     """
-    dependent = _activations(graph)
+    dependent = image_nodes(graph)
     found: Taps = {}
     for node in graph.nodes:
         if is_op(node, aten.add.Tensor, aten.add_.Tensor, operator.add):
@@ -60,7 +61,7 @@ def attention_maps(graph: fx.Graph) -> Taps:
 
     Several in one module are numbered after the first.
     """
-    dependent = _activations(graph)
+    dependent = image_nodes(graph)
     found: Taps = {}
     for node in graph.nodes:
         if not is_op(node, aten.softmax.int, aten._softmax.default) or node not in dependent:
@@ -128,17 +129,6 @@ def comparable(
 def _shape(shape: tuple[int, ...]) -> str:
     """Without the batch."""
     return "×".join(map(str, shape[1:]))
-
-
-def _activations(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose value depends on the image itself, not only on its size."""
-    dependent = {node for node in graph.nodes if node.op == "placeholder"}
-    for node in graph.nodes:
-        if is_op(node, aten.sym_size.int):
-            continue
-        if any(source in dependent for source in node.all_input_nodes):
-            dependent.add(node)
-    return dependent
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

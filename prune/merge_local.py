@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from deploykit.graph.edit import is_op, layer_name
+from deploykit.graph.units import image_nodes
 from deploykit.prune.merge_emit import Emitter
 from deploykit.prune.merge_match import match, merge, unmerge
 from deploykit.prune.merge_scorers import Halves, Scorer, TokenView
-from deploykit.prune.tokens_blocks import image_nodes
 from deploykit.prune.tokens_shapes import ShapeRunner
 
 __all__ = ["LocalBlock", "find_local_blocks", "merge_locally"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from deploykit.errors import TargetMissingError, UsageError
+from deploykit.errors import TargetMissingError, UsageError, one_line
 from deploykit.graph.capture import CapturedModel
 from deploykit.progress import Steps, silent
 from deploykit.prune.distill_losses import LOSSES
@@ -40,8 +40,8 @@ def import_accelerate() -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        text = " ".join(str(error).split())
-        message = f"recovery needs accelerate ({text}); pip install 'deploykit-vision[recover]'"
+        cure = "pip install 'deploykit-vision[recover]'"
+        message = f"recovery needs accelerate ({one_line(error)}); {cure}"
         raise TargetMissingError(message) from error
     return Accelerator
 

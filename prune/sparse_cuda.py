@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from deploykit.errors import TargetMissingError, UsageError
+from deploykit.errors import TargetMissingError, UsageError, one_line
 from deploykit.graph.two_four import is_two_of_four
 from deploykit.types import PassRecord
 
@@ -72,8 +72,8 @@ def to_sparse_cuda(
         try:
             packed = torch.sparse.to_sparse_semi_structured(layer.weight.detach().contiguous())
         except (RuntimeError, NotImplementedError) as error:
-            line = " ".join(str(error).split())[:200]
-            raise TargetMissingError(f"torch can't run {name} 2:4 sparse here: {line}") from error
+            message = f"torch can't run {name} 2:4 sparse here: {one_line(error, 200)}"
+            raise TargetMissingError(message) from error
         layer.weight = nn.Parameter(packed, requires_grad=False)
     record = PassRecord(
         name="sparse_cuda",

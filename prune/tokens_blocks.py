@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from deploykit.graph.edit import is_op, layer_name
+from deploykit.graph.units import image_nodes
 from deploykit.prune.tokens_errors import BlockedError
 
-__all__ = ["AttentionBlock", "find_blocks", "image_nodes"]
+__all__ = ["AttentionBlock", "find_blocks"]
 
 aten = torch.ops.aten
 
@@ -49,17 +50,6 @@ class AttentionBlock:
     stream: fx.Node | None
     reason: str
     tokens: int
-
-
-def image_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose value depends on the image itself, not only on its size."""
-    found = {node for node in graph.nodes if node.op == "placeholder"}
-    for node in graph.nodes:
-        if is_op(node, aten.sym_size.int):
-            continue
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def find_blocks(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[AttentionBlock]:

@@ -29,6 +29,7 @@ from deploykit.runtimes import import_onnxruntime
 from deploykit.targets.child import ask
 from deploykit.targets.cpu_onnxruntime import CpuOnnxRuntime
 from deploykit.targets.device import pick_cores, pin
+from deploykit.targets.process_end import end_with
 from deploykit.targets.registry import FloatArray
 
 __all__ = ["layer_times", "main"]
@@ -205,12 +206,4 @@ def _kernels(
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except BrokenPipeError:  # whoever asked is gone
-        code = 1
-    except Exception as error:
-        sys.stderr.write(f"{type(error).__name__}: {one_line(error)}\n")
-        code = MeasurementError.exit_code
-    sys.stdout.flush()
-    os._exit(code)  # some runtimes hang or crash in their global destructors
+    end_with(main)

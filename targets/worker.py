@@ -19,12 +19,11 @@ import numpy as np
 
 from deploykit.errors import (
     DeploykitError,
-    MeasurementError,
     TargetMissingError,
     UsageError,
-    one_line,
 )
 from deploykit.targets.device import Neighbours, describe, peak_rss_bytes, pin
+from deploykit.targets.process_end import end_with
 from deploykit.targets.registry import FloatArray, Target, get_target
 
 __all__ = ["Request", "main"]
@@ -188,12 +187,4 @@ def _calls(target: Target, request: Request) -> Sequence[Callable[[], FloatArray
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except BrokenPipeError:  # whoever asked is gone
-        code = 1
-    except Exception as error:
-        sys.stderr.write(f"{type(error).__name__}: {one_line(error)}\n")
-        code = MeasurementError.exit_code
-    sys.stdout.flush()
-    os._exit(code)  # some runtimes hang or crash in their global destructors
+    end_with(main)

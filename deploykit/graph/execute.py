@@ -26,11 +26,12 @@ def call(node: fx.Node, args: Sequence[Any]) -> Any:
 def take(batches: Iterable[Tensor], count: int) -> list[Tensor]:
     """The first ``count`` images, in batches."""
     taken: list[Tensor] = []
+    left = count
     for batch in batches:
-        left = count - sum(len(part) for part in taken)
-        if left <= 0:
-            break
         taken.append(batch[:left])
+        left -= len(batch)
+        if left <= 0:  # the next batch isn't even made
+            break
     return taken
 
 

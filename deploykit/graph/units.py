@@ -15,7 +15,7 @@ from torch import fx
 
 from deploykit.graph.edit import is_op, layer_name
 
-__all__ = ["Unit", "activation_nodes", "split_units"]
+__all__ = ["Unit", "activation_nodes", "image_nodes", "split_units"]
 
 aten = torch.ops.aten
 
@@ -41,17 +41,21 @@ class Unit:
         return self.nodes[-1]
 
 
-def activation_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Operators whose value depends on the image itself, not only on its size."""
-    dependent: set[fx.Node] = {node for node in graph.nodes if node.op == "placeholder"}
-    found = []
+def image_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose value depends on the image itself, not only on its size."""
+    found = {node for node in graph.nodes if node.op == "placeholder"}
     for node in graph.nodes:
-        if node.op != "call_function" or is_op(node, aten.sym_size.int):
+        if is_op(node, aten.sym_size.int):
             continue
-        if any(source in dependent for source in node.all_input_nodes):
-            dependent.add(node)
-            found.append(node)
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
     return found
+
+
+def activation_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The operators among ``image_nodes``, in order."""
+    found = image_nodes(graph)
+    return [node for node in graph.nodes if node.op == "call_function" and node in found]
 
 
 def split_units(graph: fx.Graph, planned: Container[str]) -> list[Unit]:

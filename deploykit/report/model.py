@@ -34,7 +34,7 @@ __all__ = [
     "Report",
     "json_schema",
     "load_report",
-    "without_nonfinite",
+    "strict_json",
 ]
 
 OWN_ARTIFACTS = ("original", *STAGES, "compressed")
@@ -150,11 +150,9 @@ class Report(Data):
 
     def to_json(self) -> str:
         """The text of report.json: strict JSON, a non-finite number as "NaN" or "Infinity"."""
-        data = without_nonfinite(self.model_dump(mode="json"))
-        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
         # Hundreds of samples, one a line, would make the file unreadable. No text holds a raw
         # newline in JSON, so only lists of numbers match.
-        return re.sub(r"\[\n[-+\d.eE,\s]*\]", lambda m: " ".join(m[0].split()), text) + "\n"
+        return re.sub(r"\[\n[-+\d.eE,\s]*\]", lambda m: " ".join(m[0].split()), strict_json(self))
 
     def _artifact(self, name: str) -> Artifact:
         artifact = self.find_artifact(name)
@@ -216,12 +214,18 @@ class _SchemaWriter(GenerateJsonSchema):
         return {"anyOf": [number, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
 
 
-def without_nonfinite(value: Any) -> Any:
+def strict_json(data: Data) -> str:
+    """Text that every JSON reader takes; a non-finite number as "NaN" or "Infinity"."""
+    plain = _without_nonfinite(data.model_dump(mode="json"))
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without_nonfinite(value: Any) -> Any:
     """Plain data with the numbers that JSON lacks as texts."""
     if isinstance(value, dict):
-        return {key: without_nonfinite(inner) for key, inner in value.items()}
+        return {key: _without_nonfinite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [without_nonfinite(inner) for inner in value]
+        return [_without_nonfinite(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from deploykit.report.model import without_nonfinite
+from deploykit.report.model import strict_json
 from deploykit.types import Data, WeightsOrigin
 
 __all__ = ["Budget", "Collapse", "LayerRow", "SensitivityReport"]
@@ -77,5 +76,4 @@ class SensitivityReport(Data):
 
     def to_json(self) -> str:
         """Strict JSON; a non-finite number as "Infinity" or "-Infinity", as in report.json."""
-        data: Any = without_nonfinite(self.model_dump(mode="json"))
-        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return strict_json(self)

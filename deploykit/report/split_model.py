@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from deploykit.report.model import without_nonfinite
+from deploykit.report.model import strict_json
 from deploykit.types import Accuracy, Artifact, Data, Measurement, WeightsOrigin
 
 __all__ = ["PartRow", "SplitReport"]
@@ -77,5 +76,4 @@ class SplitReport(Data):
 
     def to_json(self) -> str:
         """Strict JSON."""
-        data: Any = without_nonfinite(self.model_dump(mode="json"))
-        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return strict_json(self)
