@@ -140,8 +140,9 @@ def infer_num_classes(
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> list[str]:
     """Copy ``state`` into ``module``: every tensor, or none.
 
-    Where names or shapes differ, timm's own converter for that family (original checkpoints,
-    position embeddings of another size) is tried before giving up. Returns notes for the user.
+    Where names or shapes differ, the family's own converter (``checkpoint_filter_fn(state, module)``
+    beside the network's class, as in timm: original checkpoints, position embeddings of another
+    size) is tried before giving up. Returns notes for the user.
 
     Raises:
         UsageError: names or shapes differ; says how many and which first.
@@ -155,14 +156,12 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -
         if converted is None or _differences(wanted, converted):
             raise UsageError(f"weights {source} don't fit the model: {fault}")
         given = converted
-        notes.append(f"weights {source} were converted to timm's names and shapes")
+        notes.append(f"weights {source} were converted to the model's names and shapes")
     module.load_state_dict(given, strict=False)  # names and shapes are checked above
     return notes
 
 
 def _convert(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    if not type(module).__module__.startswith("timm."):
-        return None
     convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return None

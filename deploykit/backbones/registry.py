@@ -2,8 +2,8 @@
 
 Three sources, in the order in which a name is looked up (``resolve.py``): timm's own ids, the
 alias table (``aliases.json``: the names papers use), and families registered here with
-:func:`register_backbone` (by a ``family_*.py`` beside this file, or by a third party through the
-entry point group ``deploykit.backbones``).
+:func:`register_backbone` (by a file in ``families/``, or by a third party through the entry
+point group ``deploykit.backbones``).
 """
 
 from __future__ import annotations
@@ -173,10 +173,9 @@ def plugin_failures() -> tuple[str, ...]:
     Plug-ins are code of other packages and are trusted as such; ``DEPLOYKIT_NO_PLUGINS=1``
     leaves them out.
     """
-    package = importlib.import_module("deploykit.backbones")
+    package = importlib.import_module("deploykit.backbones.families")
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name.startswith("family_"):
-            importlib.import_module(f"deploykit.backbones.{module.name}")
+        importlib.import_module(f"{package.__name__}.{module.name}")
     failures = []
     if not os.environ.get(NO_PLUGINS):
         for point in metadata.entry_points(group=ENTRY_POINT_GROUP):

@@ -1,0 +1,1 @@
+"""Backbones that timm lacks: one file a family, found by its registration in it."""
