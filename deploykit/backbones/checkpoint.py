@@ -140,9 +140,9 @@ def infer_num_classes(
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> list[str]:
     """Copy ``state`` into ``module``: every tensor, or none.
 
-    Where names or shapes differ, the family's own converter (``checkpoint_filter_fn(state, module)``
-    beside the network's class, as in timm: original checkpoints, position embeddings of another
-    size) is tried before giving up. Returns notes for the user.
+    Where names or shapes differ, the family's own converter is tried before giving up: as in timm,
+    ``checkpoint_filter_fn(state, module)`` beside the network's class (original checkpoints,
+    position embeddings of another size). Returns notes for the user.
 
     Raises:
         UsageError: names or shapes differ; says how many and which first.
