@@ -1,15 +1,17 @@
-"""Importing the runtimes that would talk to their vendors, without that."""
+"""The runtimes' bad manners, mended: what they send when imported, what they leave behind."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from deploykit.errors import TargetMissingError, one_line
 
-__all__ = ["import_onnxruntime", "import_openvino", "why_not"]
+__all__ = ["import_onnxruntime", "import_openvino", "kept_signal_stack", "why_not"]
 
 _OPENVINO_TELEMETRY = "openvino_telemetry"
 
@@ -57,6 +59,33 @@ def import_openvino() -> Any:
         if placeholder:
             sys.modules.pop(_OPENVINO_TELEMETRY, None)
     return openvino
+
+
+class _SignalStack(ctypes.Structure):
+    """``stack_t`` of Linux."""
+
+    _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Leave this thread's alternate signal stack as it was (Linux; elsewhere nothing is done).
+
+    Each OpenVINO core that compiles for the CPU sets one of its own. Two of them, freed in the
+    order they were made, leave the thread with the first one's, whose memory is gone; the next
+    signal with a handler, such as Ctrl-C, then kills the process (seen with OpenVINO 2026.4).
+    A stack that isn't in use any more is freed without harm.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    library, before = ctypes.CDLL(None), _SignalStack()
+    known = library.sigaltstack(None, ctypes.byref(before)) == 0
+    try:
+        yield
+    finally:
+        if known:
+            library.sigaltstack(ctypes.byref(before), None)
 
 
 def why_not(load: Callable[[], object]) -> str | None:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
-from deploykit.errors import DeploykitError, UsageError
+from deploykit.errors import DeploykitError, UsageError, one_line
 from deploykit.export.structure_args import BadArgumentError, decode, encode
 from deploykit.export.structure_check import check_shapes
 from deploykit.export.structure_ops import SIZE_OPS, find_op, name_of
@@ -250,7 +250,7 @@ def _read_structure(path: Path) -> _Structure:
     try:
         data = json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not readable as JSON ({_line(error)})") from error
+        raise UsageError(f"{path}: not readable as JSON ({one_line(error, 160)})") from error
     version = data.get("version") if isinstance(data, dict) else None
     if version != 1:
         raise UsageError(f"{path}: wanted a deploykit structure of version 1, got {version!r:.40}")
@@ -280,7 +280,7 @@ def _build(structure: _Structure, tensors: Mapping[str, Tensor]) -> fx.GraphModu
         graph.lint()
         graph_module = fx.GraphModule(root, graph).eval()
     except (RuntimeError, SyntaxError) as error:
-        raise BadArgumentError(f"a graph that can't be built ({_line(error)})") from error
+        raise BadArgumentError(f"a graph that can't be built ({one_line(error, 160)})") from error
     check_shapes(graph_module, structure.model.preprocessing.size)
     return graph_module
 
@@ -346,7 +346,3 @@ def _check_sizes(saved: _Node, sizes: set[str]) -> None:
         number = isinstance(value, (int, float))
         if not number and not (isinstance(value, dict) and value.get("node") in sizes):
             raise BadArgumentError(f"{saved.op} of something that is no size at {saved.name}")
-
-
-def _line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from deploykit.errors import one_line
 from deploykit.export.structure_args import BadArgumentError
 
 __all__ = ["check_shapes"]
@@ -31,8 +32,8 @@ def check_shapes(graph_module: fx.GraphModule, size: int) -> None:
     except BadArgumentError:
         raise
     except Exception as error:  # operators refuse arguments in many ways
-        what = " ".join(str(error).split())[:160] or type(error).__name__
-        raise BadArgumentError(f"a graph that can't be run ({what})") from error
+        message = f"a graph that can't be run ({one_line(error, 160)})"
+        raise BadArgumentError(message) from error
     right = isinstance(result, Tensor) and result.dtype == torch.float32
     if not right or result.ndim != 2 or result.shape[0] != 1:
         raise BadArgumentError("a graph whose output for one image isn't float32 (1, classes)")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from deploykit.errors import UsageError
+from deploykit.errors import UsageError, one_line
 from deploykit.graph.two_four import is_two_of_four, pack_two_of_four, unpack_two_of_four
 
 __all__ = ["DTYPES", "TensorEntry", "describe", "dtype_name", "pack", "read_tensors"]
@@ -94,8 +94,8 @@ def read_tensors(path: Path, entries: Mapping[str, TensorEntry], sha256: str) ->
             raise UsageError(f"{path}: {message}")
         data = path.read_bytes()
     except (safetensors.SafetensorError, OSError) as error:
-        line = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UsageError(f"{path}: not a readable safetensors file ({line})") from error
+        message = f"{path}: not a readable safetensors file ({one_line(error, 160)})"
+        raise UsageError(message) from error
     if hashlib.sha256(data).hexdigest() != sha256:
         message = "the tensors aren't those the structure was saved with (SHA-256 differs)"
         raise UsageError(f"{path}: {message}")

@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 import onnx
 import onnx_ir as ir
 
-from deploykit.errors import DeploykitError, TargetMissingError, UsageError
+from deploykit.errors import DeploykitError, TargetMissingError, UsageError, one_line
 from deploykit.export.onnx import onnx_bytes
 from deploykit.export.onnx_exporters import INPUT_NAME
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
@@ -211,8 +211,7 @@ def _read(source: Source) -> ir.Model:
         onnx.checker.check_model(proto)
         return ir.from_proto(proto)
     except Exception as error:  # protobuf's, the checker's and the operating system's
-        text = " ".join(str(error).split())[:200] or type(error).__name__
-        message = f"{source.onnx} can't be read as an ONNX file: {text}"
+        message = f"{source.onnx} can't be read as an ONNX file: {one_line(error, 200)}"
         raise DeploykitError(message) from error
 
 

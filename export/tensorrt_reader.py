@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from deploykit.errors import UsageError
+from deploykit.errors import UsageError, one_line
 from deploykit.export.registry import Reader
 from deploykit.runtimes import import_onnxruntime
 
@@ -36,7 +36,7 @@ def run_companion(path: Path) -> tuple[str, Reader]:
         model = ir.load(file)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except Exception as error:  # protobuf's exceptions and the operating system's
-        text = " ".join(str(error).split())[:200] or type(error).__name__
+        text = one_line(error, 200)
         message = f"{file}, which the engine is checked by, can't be read: {text}; export again"
         raise UsageError(message) from error
     if model.metadata_props.get(ENGINE_HASH) != digest:

@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 from torch import Tensor, fx
 
-from deploykit.errors import DeploykitError, TargetMissingError
+from deploykit.errors import DeploykitError, TargetMissingError, one_line
 from deploykit.quant.plan import plan_layers
 from deploykit.types import PassRecord
 
@@ -74,8 +74,9 @@ def import_nncf() -> Any:
         nncf = importlib.import_module("nncf")
         importlib.import_module("nncf.onnx.quantization.quantize_model")
     except ImportError as error:
-        text = " ".join(str(error).split())
-        message = f"nncf cannot be imported ({text}); pip install 'deploykit-vision[nncf]'"
+        message = (
+            f"nncf cannot be imported ({one_line(error)}); pip install 'deploykit-vision[nncf]'"
+        )
         raise TargetMissingError(message) from error
     finally:
         logging.setLoggerClass(logger_class)  # it would make every later logger one of its own
@@ -135,8 +136,7 @@ def nncf_onnx(
             repairs = _repair(result.graph)
             onnx.checker.check_model(result)
     except Exception as error:  # its own errors share no base with those of its libraries
-        text = " ".join(str(error).split()) or type(error).__name__
-        message = f"{made_by} can't quantise this model to {bits}: {text[:300]}"
+        message = f"{made_by} can't quantise this model to {bits}: {one_line(error)}"
         raise DeploykitError(message) from error
     how, counts = _how_it_runs(result.graph)
     if bits == "w4a16" and "four_bit_layers" not in counts:

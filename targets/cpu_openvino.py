@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.errors import MeasurementError, UsageError, one_line
-from deploykit.runtimes import import_openvino, why_not
+from deploykit.runtimes import import_openvino, kept_signal_stack, why_not
 from deploykit.targets.registry import FloatArray, Runner, register_target
 
 __all__ = ["CpuOpenvino"]
@@ -41,9 +41,8 @@ class CpuOpenvino:
         Raises:
             TargetMissingError: openvino is not installed.
         """
-        core = import_openvino().Core()
         options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-        compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
+        compiled = _compile(path, options)
         counts: Counter[str] = Counter()
         for node in compiled.get_runtime_model().get_ordered_ops():
             facts = node.get_rt_info()
@@ -60,7 +59,7 @@ class CpuOpenvino:
             TargetMissingError: openvino is not installed.
             UsageError: the file is not there, or is no model with one input.
         """
-        openvino = import_openvino()
+        import_openvino()
         if not path.is_file():
             message = f"{path}: no such file"
             raise UsageError(message)
@@ -76,8 +75,7 @@ class CpuOpenvino:
             "ENABLE_CPU_PINNING": False,
         }
         try:
-            core = openvino.Core()
-            compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
+            compiled = _compile(path, options)
         except Exception as error:  # its exceptions share no base of their own
             message = f"{path}: openvino cannot load it: {one_line(error)}"
             raise UsageError(message) from error
@@ -85,6 +83,12 @@ class CpuOpenvino:
             message = f"{path}: wanted a model with one input, it has {len(compiled.inputs)}"
             raise UsageError(message)
         return _Request(compiled.create_infer_request(), compiled.outputs[0], path)
+
+
+def _compile(path: Path, options: dict[str, Any]) -> Any:
+    with kept_signal_stack():
+        core = import_openvino().Core()
+        return core.compile_model(core.read_model(str(path)), "CPU", options)
 
 
 class _Request:

@@ -394,6 +394,27 @@ def test_runtimes_are_used_without_their_telemetry(name: str, tiny: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_signals_are_survived_after_models_are_gone(name: str, tiny: Path) -> None:
+    need(name)
+    code = f"""
+import os, signal, time
+from pathlib import Path
+from deploykit.targets.registry import get_target
+path, target = Path({str(tiny)!r}), get_target({name!r})
+older, younger = target.load(path, 1), target.load(path, 1)
+target.kernels(path)
+del older
+del younger
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("alive")
+"""
+    assert run_python(code) == "alive"
+
+
 def test_the_worker_is_light() -> None:
     code = (
         "import deploykit.targets.worker, sys;"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deploykit.errors import UsageError
+from deploykit.errors import UsageError, one_line
 from deploykit.onnx_import import operators_shapes, operators_tensors  # noqa: F401  fill the table
 from deploykit.onnx_import.fuse import fuse
 from deploykit.onnx_import.graph import Array, Graph, Node
@@ -101,8 +101,8 @@ def build_module(graph: Graph, path: object) -> OnnxModule:
         raise UsageError(f"--model {path}: {error}") from error
     except (ValueError, IndexError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         # an operator given what its definition forbids: each library says so in its own way
-        what = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UsageError(f"--model {path}: a graph that can't be run ({what})") from error
+        message = f"--model {path}: a graph that can't be run ({one_line(error, 160)})"
+        raise UsageError(message) from error
 
 
 def _check_operators(graph: Graph) -> None:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deploykit.errors import DeploykitError, UsageError
+from deploykit.errors import DeploykitError, UsageError, one_line
 from deploykit.onnx_import.limits import Limits, check_model, parse, read_bytes
 
 __all__ = ["main"]
@@ -38,8 +38,8 @@ def main() -> int:
     except MemoryError:
         result = {"refused": f"--model {path}: reading it takes more memory than is allowed"}
     except Exception as error:  # libraries refuse files in many ways
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        result = {"refused": f"--model {path}: not a usable ONNX file ({what})"}
+        message = f"--model {path}: not a usable ONNX file ({one_line(error, 200)})"
+        result = {"refused": message}
     with answer:
         answer.write(json.dumps(result) + "\n")
     return 0

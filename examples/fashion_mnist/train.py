@@ -32,6 +32,14 @@ MEAN, STD = 0.5, 0.5
 CALIB_IMAGES, TEST_IMAGES = 512, 2000
 
 
+def widths(share: float) -> dict[str, tuple[int, ...]]:
+    """Arguments that make SHViT-S1 narrower: each width times ``share``, a multiple of eight."""
+    return {
+        name: tuple(max(8, round(share * width / 8) * 8) for width in full)
+        for name, full in (("embed_dim", (128, 224, 320)), ("partial_dim", (32, 48, 68)))
+    }
+
+
 def read_idx(path: Path) -> np.ndarray:
     """Read one gzipped IDX file (uint8) of the MNIST family."""
     raw = gzip.decompress(path.read_bytes())
@@ -85,7 +93,9 @@ def train(args: argparse.Namespace) -> None:
     images, labels = load_split(args.data, "train")
     test_images, test_labels = load_split(args.data, "t10k")
 
-    model = timm.create_model(MODEL, num_classes=10).to(device, memory_format=torch.channels_last)
+    shape = widths(args.width) if args.width != 1 else {}
+    model = timm.create_model(MODEL, num_classes=10, **shape)
+    model = model.to(device, memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
     )
@@ -170,5 +180,6 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--width", type=float, default=1.0, help="share of SHViT-S1's widths")
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
