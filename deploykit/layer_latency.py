@@ -32,7 +32,7 @@ from deploykit.fsio import atomic_write_bytes
 from deploykit.prune.latency import LayerShape
 from deploykit.targets.child import ask
 from deploykit.targets.device import pick_cores, pin
-from deploykit.targets.process_end import end_with
+from deploykit.targets.ending import end_with
 from deploykit.targets.registry import get_target
 
 __all__ = ["layer_file", "main", "measure_layers"]

@@ -29,7 +29,7 @@ from deploykit.runtimes import import_onnxruntime
 from deploykit.targets.child import ask
 from deploykit.targets.cpu_onnxruntime import CpuOnnxRuntime
 from deploykit.targets.device import pick_cores, pin
-from deploykit.targets.process_end import end_with
+from deploykit.targets.ending import end_with
 from deploykit.targets.registry import FloatArray
 
 __all__ = ["layer_times", "main"]

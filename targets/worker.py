@@ -23,7 +23,7 @@ from deploykit.errors import (
     UsageError,
 )
 from deploykit.targets.device import Neighbours, describe, peak_rss_bytes, pin
-from deploykit.targets.process_end import end_with
+from deploykit.targets.ending import end_with
 from deploykit.targets.registry import FloatArray, Target, get_target
 
 __all__ = ["Request", "main"]

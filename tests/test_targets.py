@@ -247,6 +247,11 @@ def test_targets_are_found_by_name() -> None:
         get_target("measure")
 
 
+def test_every_name_on_the_list_is_a_target() -> None:
+    for name in list_targets():
+        assert get_target(name).name == name
+
+
 def test_a_name_is_taken_once() -> None:
     with pytest.raises(ValueError, match="already registered"):
 
