@@ -29,10 +29,14 @@ RECOVER_MINUTES = 10  # on two cores: twenty processor minutes
 # What each row asks for beyond the suite's own options; w8a8 where no algorithm is named.
 ROWS: dict[str, dict[str, Any]] = {
     "w8a8": {},
-    "tokens": {"algorithm": "none", "tokens": "auto"},
     "tokens + w8a8": {"tokens": "auto"},
     "a quarter of the tokens, three times + w8a8": {
         "tokens": "fast",
+        "recipe": {"merge": {"share": 0.25}},
+    },
+    "a quarter of the tokens, three times, recovered + w8a8": {
+        "tokens": "fast",
+        "recover": True,
         "recipe": {"merge": {"share": 0.25}},
     },
     "pruned 30 %, recovered + w8a8": {"prune": 0.3, "recover": True},
