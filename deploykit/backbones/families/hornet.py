@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deploykit._compat import timm
-from deploykit.backbones.layers.dft import FourierFilter
+from deploykit.backbones.layers.dft import RealFourier2d
 from deploykit.backbones.layers.init import draw_weights
 from deploykit.backbones.layers.sizes import check_side
 from deploykit.backbones.registry import Variant, register_backbone
@@ -44,14 +44,16 @@ class GlobalLocalFilter(nn.Module):
         self.pre_norm = timm.layers.LayerNorm2d(dim)
         self.post_norm = timm.layers.LayerNorm2d(dim)
         self.spectrum = (side, side // 2 + 1)
-        self.filter = FourierFilter(side, side)
+        self.fourier = RealFourier2d(side, side)
 
     def forward(self, x: Tensor) -> Tensor:
         local, everywhere = self.pre_norm(x).chunk(2, dim=1)
         weight = self.complex_weight.permute(3, 0, 1, 2)
         if tuple(weight.shape[2:]) != self.spectrum:
             weight = F.interpolate(weight, self.spectrum, mode="bilinear", align_corners=True)
-        everywhere = self.filter(everywhere, weight[0], weight[1])
+        a, b = weight[0], weight[1]
+        real, imag = self.fourier.transform(everywhere)
+        everywhere = self.fourier.inverse(real * a - imag * b, real * b + imag * a)
         mixed: Tensor = self.post_norm(torch.stack((self.dw(local), everywhere), 2).flatten(1, 2))
         return mixed
 

@@ -1,8 +1,8 @@
 """T2T-ViT: Yuan et al., *Tokens-to-Token ViT: Training Vision Transformers from Scratch on
 ImageNet* (ICCV 2021).
 
-Modules are named as in the official checkpoints, which load as they are at the size they were
-made for. Two tokenisers: with the Performer's linear attention (Choromanski et al., ICLR 2021),
+Modules are named as in the official checkpoints, which load as they are; at another image size
+their position table is resized. Two tokenisers: with the Performer's linear attention (Choromanski et al., ICLR 2021),
 and with softmax attention (the ``t2t_vit_t_*`` versions).
 """
 
@@ -18,7 +18,7 @@ from deploykit.backbones.layers.init import draw_weights
 from deploykit.backbones.layers.sizes import check_side
 from deploykit.backbones.registry import Variant, register_backbone
 
-__all__ = ["T2TViT", "t2t_vit"]
+__all__ = ["T2TViT", "checkpoint_filter_fn", "t2t_vit"]
 
 _TOKEN_DIM = 64
 # width, depth, heads, ratio of the MLP
@@ -195,6 +195,14 @@ def _sinusoid(positions: int, width: int) -> Tensor:
     rate = torch.pow(10000.0, -(column // 2 * 2).double() / width)
     angle = torch.outer(torch.arange(positions).double(), rate)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float().unsqueeze(0)
+
+
+def checkpoint_filter_fn(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint of another image size, its position table resized (bicubic)."""
+    assert isinstance(module, T2TViT)
+    side = math.isqrt(module.pos_embed.shape[1] - 1)
+    table = timm.layers.resample_abs_pos_embed(state["pos_embed"], [side, side])
+    return {**state, "pos_embed": table}
 
 
 def _variant(name: str, params_m: float, **facts: bool) -> Variant:
