@@ -51,7 +51,8 @@ class LePEAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(N, h, w, C) to (N, heads, hw, C / heads)."""
-        return x.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        out: Tensor = x.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return out
 
 
 class CSWinBlock(nn.Module):

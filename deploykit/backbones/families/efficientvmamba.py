@@ -56,8 +56,8 @@ class AtrousScan(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
         y = self.out_norm(self._scan(x).permute(0, 2, 3, 1)) * F.silu(z)
-        y = self.out_proj(y)
-        return y
+        out: Tensor = self.out_proj(y)
+        return out
 
     def _scan(self, x: Tensor) -> Tensor:
         height, width = x.shape[2] // 2, x.shape[3] // 2
@@ -93,7 +93,8 @@ class ChannelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean = self.norm(x).mean((1, 2), keepdim=True)
-        return x * self.channel_select(F.gelu(self.global_reduce(mean))).sigmoid()
+        out: Tensor = x * self.channel_select(F.gelu(self.global_reduce(mean))).sigmoid()
+        return out
 
 
 class ScanBlock(nn.Module):
@@ -132,7 +133,8 @@ class InvertedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.se(self.depthwise(self.expand(x.permute(0, 3, 1, 2))))
-        return x + self.project(y).permute(0, 2, 3, 1)
+        out: Tensor = x + self.project(y).permute(0, 2, 3, 1)
+        return out
 
 
 class PatchMerging(nn.Module):

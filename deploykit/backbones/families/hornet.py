@@ -98,7 +98,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.gamma1.view(-1, 1, 1) * self.gnconv(self.norm1(x))
         y = self.pwconv2(self.act(self.pwconv1(self.norm2(x.permute(0, 2, 3, 1)))))
-        return x + (self.gamma2 * y).permute(0, 3, 1, 2)
+        out: Tensor = x + (self.gamma2 * y).permute(0, 3, 1, 2)
+        return out
 
 
 class HorNet(nn.Module):
@@ -142,8 +143,8 @@ def _mixer(dim: int, order: int, side: int, filter_shape: tuple[int, int] | None
     return GlobalLocalFilter(channels, side, filter_shape)
 
 
-def _variant(name: str, params_m: float, **facts: bool) -> Variant:
-    return Variant(paper_name=name, params_m=params_m, **facts)
+def _variant(name: str, params_m: float, *, headline: bool = False) -> Variant:
+    return Variant(paper_name=name, params_m=params_m, headline=headline)
 
 
 @register_backbone(

@@ -76,8 +76,8 @@ class LinearAttention(nn.Module):
         q, k, v = F.relu(split[0]), F.relu(split[1]), split[2]
         norm = (q @ k.sum(2, keepdim=True).transpose(-2, -1)).clamp(min=_FLOOR)
         y = q @ (k.transpose(-2, -1) @ v) * self.tau / norm
-        y = self.proj(y.transpose(1, 2).flatten(2))
-        return y
+        out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
+        return out
 
 
 class LocalConcentration(nn.Module):

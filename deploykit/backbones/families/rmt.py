@@ -104,7 +104,8 @@ class ManhattanAttention(nn.Module):
         _, height, width, _, _ = q.shape
         q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
         attention = (q @ k.transpose(-2, -1) + self.decay).softmax(-1)
-        return (attention @ v).transpose(1, 2).unflatten(1, (height, width))
+        out: Tensor = (attention @ v).transpose(1, 2).unflatten(1, (height, width))
+        return out
 
     def _along_axes(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # rows: (N, H, heads, W, d); columns: (N, W, heads, H, d)
@@ -171,7 +172,8 @@ class RetBlock(nn.Module):
         y = self.retention(self.retention_layer_norm(x))
         x = x + (self.gamma_1 * y if self.scaled else y)
         y = self.ffn(self.final_layer_norm(x))
-        return x + (self.gamma_2 * y if self.scaled else y)
+        out: Tensor = x + (self.gamma_2 * y if self.scaled else y)
+        return out
 
 
 class PatchMerging(nn.Module):

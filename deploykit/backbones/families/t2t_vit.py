@@ -2,8 +2,8 @@
 ImageNet* (ICCV 2021).
 
 Modules are named as in the official checkpoints, which load as they are; at another image size
-their position table is resized. Two tokenisers: with the Performer's linear attention (Choromanski et al., ICLR 2021),
-and with softmax attention (the ``t2t_vit_t_*`` versions).
+their position table is resized. Two tokenisers: with the Performer's linear attention
+(Choromanski et al., ICLR 2021), and with softmax attention (the ``t2t_vit_t_*`` versions).
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def checkpoint_filter_fn(state: dict[str, Tensor], module: nn.Module) -> dict[st
     return {**state, "pos_embed": table}
 
 
-def _variant(name: str, params_m: float, **facts: bool) -> Variant:
-    return Variant(paper_name=name, params_m=params_m, crop_pct=0.9, **facts)
+def _variant(name: str, params_m: float, *, headline: bool = False) -> Variant:
+    return Variant(paper_name=name, params_m=params_m, crop_pct=0.9, headline=headline)
 
 
 @register_backbone(

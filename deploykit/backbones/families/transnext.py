@@ -102,7 +102,8 @@ class PositionBias(nn.Module):
         if self.bias_table is not None:
             return self.bias_table
         table = self.cpb_fc2(F.relu(self.cpb_fc1(self.coordinates))).transpose(0, 1)
-        return table.index_select(1, self.places).view(self.heads, -1, self.pooled)
+        out: Tensor = table.index_select(1, self.places).view(self.heads, -1, self.pooled)
+        return out
 
     @torch.no_grad()
     def reparameterize(self) -> None:
@@ -157,12 +158,13 @@ class AggregatedAttention(PositionBias):
         near, far = attention.split((_NEIGHBOURS, self.pooled), dim=-1)
         near = q @ self.learnable_tokens + self.learnable_bias + near
         y = (near.unsqueeze(-2) @ near_v.transpose(-2, -1)).squeeze(-2) + far @ far_v
-        y = self.proj(y.transpose(1, 2).flatten(2))
-        return y
+        out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
+        return out
 
     def _heads(self, x: Tensor) -> Tensor:
         """(N, L, C) to (N, heads, L, d)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        out: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return out
 
     def _neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values around each position, (N, heads, HW, d, 9) each."""

@@ -101,7 +101,8 @@ class SEBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.up(F.relu(self.down(x.mean((2, 3), keepdim=True))))
-        return x * gate.sigmoid()
+        out: Tensor = x * gate.sigmoid()
+        return out
 
 
 class GRN(nn.Module):
@@ -152,7 +153,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.pwconv2(self.act(self.pwconv1(self.se(self.norm(self.dwconv(x))))))
-        return x + (y if self.gamma is None else y * self.gamma.view(-1, 1, 1))
+        out: Tensor = x + (y if self.gamma is None else y * self.gamma.view(-1, 1, 1))
+        return out
 
     @torch.no_grad()
     def reparameterize(self) -> None:
@@ -220,10 +222,8 @@ class UniRepLKNet(nn.Module):
         return scores
 
 
-def _variant(letter: str, params_m: float, **facts: bool | int | float) -> Variant:
-    return Variant.model_validate(
-        {"paper_name": f"UniRepLKNet-{letter}", "params_m": params_m, **facts}
-    )
+def _variant(letter: str, params_m: float, *, headline: bool = False) -> Variant:
+    return Variant(paper_name=f"UniRepLKNet-{letter}", params_m=params_m, headline=headline)
 
 
 @register_backbone(
