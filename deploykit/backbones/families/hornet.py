@@ -106,7 +106,12 @@ class HorNet(nn.Module):
     """float32 (N, 3, S, S) to (N, classes); strides 4, 8, 16, 32."""
 
     def __init__(
-        self, width: int, filters: dict[int, tuple[int, int]], num_classes: int, img_size: int
+        self,
+        width: int,
+        filters: dict[int, tuple[int, int]],
+        num_classes: int,
+        img_size: int,
+        depths: tuple[int, ...] = _DEPTHS,
     ) -> None:
         super().__init__()
         norm = timm.layers.LayerNorm2d
@@ -117,7 +122,7 @@ class HorNet(nn.Module):
             down = nn.Sequential(norm(before), nn.Conv2d(before, after, 2, stride=2))
             self.downsample_layers.append(down)
         self.stages = nn.ModuleList()
-        for stage, (dim, depth, order) in enumerate(zip(dims, _DEPTHS, _ORDERS, strict=True)):
+        for stage, (dim, depth, order) in enumerate(zip(dims, depths, _ORDERS, strict=True)):
             side = img_size // 2 ** (stage + 2)
             blocks = [
                 Block(dim, GnConv(dim, order, _mixer(dim, order, side, filters.get(stage))))
