@@ -7,6 +7,7 @@ from decimal import Decimal
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deploykit.backbones.build import build_backbone
 from deploykit.backbones.registry import (
@@ -33,6 +34,21 @@ SMALLEST = sorted(
 )
 BATCHES = (1, 3)
 
+# MOAT's published counts are with position tables of 224 pixels, whatever the input is.
+COUNTED_AT = {"MOAT": 224}
+
+# 10⁹ multiply-adds of the official code at 224 pixels, as torch counts them.
+GMACS = {
+    "casvit_xs": 0.55,
+    "casvit_t": 3.56,
+    "cvt_13": 4.57,
+    "litv2_s": 3.72,
+    "pvt_v1_tiny": 1.93,
+    "pvt_v1_large": 9.81,
+    "uniformer_s": 3.63,
+    "uniformer_s_plus": 4.20,
+}
+
 
 def shapes_only(name: str, classes: int = 1000, side: int | None = None) -> nn.Module:
     """The variant without memory behind its tensors: shapes and counts, at no cost."""
@@ -57,7 +73,8 @@ def as_published(count: int, published: float) -> bool:
 def test_parameters_are_as_many_as_published(name: str) -> None:
     published = OWN[name].params_m
     assert published, f"{name} says no number of parameters"
-    count = sum(p.numel() for p in shapes_only(name).parameters())
+    module = shapes_only(name, side=COUNTED_AT.get(OWN[name].family))
+    count = sum(p.numel() for p in module.parameters())
     assert as_published(count, published), f"{name}: {count / 1e6:.3f} M, published {published}"
 
 
@@ -65,6 +82,15 @@ def test_counts_are_compared_in_the_digits_given() -> None:
     assert as_published(3_204_999, 3.2) and as_published(3_201_000, 3.2)
     assert as_published(3_454_999, 3.45) and not as_published(3_456_000, 3.45)
     assert as_published(277_300_000, 277.0) and not as_published(276_400_000, 277.0)
+
+
+@pytest.mark.parametrize("name", GMACS)
+def test_multiply_adds_are_those_of_the_official_code(name: str) -> None:
+    module = shapes_only(name)
+    with FlopCounterMode(display=False) as counter:
+        run_shapes(module, 1, 224)
+    half_digit = 0.005
+    assert abs(counter.get_total_flops() / 2e9 - GMACS[name]) <= 0.01 * GMACS[name] + half_digit
 
 
 @pytest.mark.parametrize("name", SMALLEST)
