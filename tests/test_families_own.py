@@ -45,6 +45,7 @@ GMACS = {
     "litv2_s": 3.72,
     "pvt_v1_tiny": 1.93,
     "pvt_v1_large": 9.81,
+    "stvit_s": 4.35,
     "uniformer_s": 3.63,
     "uniformer_s_plus": 4.20,
 }

@@ -44,7 +44,8 @@ class SpatialGate(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.block(x)
+        out: Tensor = x * self.block(x)
+        return out
 
 
 class ChannelGate(nn.Module):
@@ -57,7 +58,8 @@ class ChannelGate(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.block(x)
+        out: Tensor = x * self.block(x)
+        return out
 
 
 class AdditiveTokenMixer(nn.Module):
@@ -109,7 +111,8 @@ class AdditiveBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.local_perception(x)
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class Embedding(nn.Module):

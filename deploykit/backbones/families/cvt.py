@@ -75,7 +75,8 @@ class ConvAttention(nn.Module):
     def _heads(self, project: nn.Linear, tokens: Tensor, first: Tensor) -> Tensor:
         if self.before:
             tokens = torch.cat((first, tokens), dim=1)
-        return project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        out: Tensor = project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return out
 
 
 class Block(nn.Module):
@@ -90,7 +91,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class ConvEmbed(nn.Module):

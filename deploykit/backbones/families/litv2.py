@@ -41,7 +41,8 @@ _SIZES = {
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return scores.softmax(-1) @ v
+    out: Tensor = scores.softmax(-1) @ v
+    return out
 
 
 class HiLo(nn.Module):
@@ -132,7 +133,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.has_attention:
             x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class DeformableMerging(nn.Module):

@@ -58,7 +58,8 @@ class LocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.pos_embed(x)
         x = x + self.conv2(self.attn(self.conv1(self.norm1(x))))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class GlobalBlock(nn.Module):
@@ -158,10 +159,10 @@ class UniFormer(nn.Module):
             paper_name="UniFormer-S", params_m=21.55, also=("uniformer_small",), headline=True
         ),
         "uniformer_s_plus": Variant(
-            paper_name="UniFormer-S†", params_m=24.03, also=("uniformer_small_plus",)
+            paper_name="UniFormer-S plus", params_m=24.03, also=("uniformer_small_plus",)
         ),
         "uniformer_s_plus_dim64": Variant(
-            paper_name="UniFormer-S† with heads of 64",
+            paper_name="UniFormer-S plus, heads of 64",
             params_m=24.03,
             also=("uniformer_small_plus_dim64",),
         ),

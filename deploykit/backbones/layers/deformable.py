@@ -1,4 +1,6 @@
-"""Deformable convolution in plain operators: Dai et al., *Deformable Convolutional Networks* (2017).
+"""Deformable convolution in plain operators.
+
+Dai et al., *Deformable Convolutional Networks* (ICCV 2017).
 
 One ``grid_sample`` and one strided convolution, which every exporter has.
 """
