@@ -35,6 +35,7 @@ __all__ = [
     "list_backbones",
     "normalise",
     "own_builder",
+    "own_spellings",
     "plugin_failures",
     "register_backbone",
     "specs",
@@ -71,6 +72,7 @@ class Variant(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     paper_name: str = ""
+    also: tuple[str, ...] = Field(default=(), description="other spellings of the name")
     params_m: float | None = None
     input: int = 224
     crop_pct: float = 0.875
@@ -141,6 +143,12 @@ def own_builder(name: str) -> tuple[Variant, Builder]:
     """Variant and builder of an own backbone whose name :func:`resolve` returned."""
     own = _OWN[name]
     return own.variant, own.build
+
+
+def own_spellings() -> dict[str, str]:
+    """Further spellings of own backbones, and the names they stand for."""
+    plugin_failures()
+    return {text: name for name, own in _OWN.items() for text in own.variant.also}
 
 
 def normalise(name: str) -> str:

@@ -22,6 +22,7 @@ from deploykit.backbones.registry import (
     arch_of,
     families,
     normalise,
+    own_spellings,
     specs,
     squash,
 )
@@ -39,24 +40,14 @@ _SHVIT_TYPO = re.compile(r"^sht_?vit")  # a common slip for SHViT, e.g. sht_vit_
 # against the name without separators.
 _NOT_IN_TIMM: tuple[tuple[re.Pattern[str], str], ...] = (
     (
-        re.compile(r"^(efficient|e)vmamba"),
-        "EfficientVMamba is not available: timm's efficientvim_*, efficientvit_* and mambaout_* "
-        "are other networks; give your own model as 'module:factory'",
-    ),
-    (
-        re.compile(r"^pvt(v1)?(tiny|small|medium|large|[tsml])?$"),
-        "PVT v1 is not available: timm has PVT v2 only, a different network; use pvt_v2_b2 if "
-        "that is meant, or give your own model as 'module:factory'",
-    ),
-    (
         re.compile(r"^metaformer"),
         "'MetaFormer' names several networks: choose one such as caformer_s36, convformer_s18 or "
         "poolformer_s12, or give your own model as 'module:factory'",
     ),
     (
-        re.compile(r"^(st?vit|supertoken)"),
-        "STViT (super token sampling) and STViT-R (semantic tokens) are not available, and timm's "
-        "vit_* and shvit_* are other networks; give your own model as 'module:factory'",
+        re.compile(r"^stvitr"),
+        "STViT-R (semantic tokens) is a way to drop tokens, not a backbone, and stvit_s (super "
+        "token sampling) is another network; see --tokens, or give 'module:factory'",
     ),
 )
 
@@ -149,9 +140,12 @@ def _resolve_name(text: str) -> Resolved | None:
 def _by_spelling() -> dict[str, BackboneSpec]:
     """Names and paper names without separators; a spelling that two models share is left out."""
     table: dict[str, BackboneSpec | None] = {}
-    for spec in specs().values():
+    known = specs()
+    for spec in known.values():
         for text in {squash(spec.name), squash(spec.paper_name)}:
             table[text] = None if text in table else spec
+    for text, name in own_spellings().items():
+        table[squash(text)] = None if squash(text) in table else known[name]
     return {text: spec for text, spec in table.items() if spec is not None}
 
 
