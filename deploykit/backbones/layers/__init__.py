@@ -1,0 +1,1 @@
+"""Layers that own families share and timm lacks."""
