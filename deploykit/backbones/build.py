@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import sys
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deploykit._compat import timm
+from deploykit.backbones.deploy_form import in_deploy_form
 from deploykit.backbones.onnx_file import build_onnx_file
 from deploykit.backbones.registry import arch_of, own_builder
 from deploykit.backbones.resolve import Resolved, resolve
@@ -69,6 +71,10 @@ def build_backbone(model: ModelSection, seed: int) -> tuple[Backbone, list[str]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build(resolved, model, seed, notes)
+        module, note = in_deploy_form(backbone)
+    if note is not None:
+        notes.append(note)
+    backbone = dataclasses.replace(backbone, module=module)
     backbone.module.requires_grad_(False)
     backbone.module.train()  # leaving eval mode drops bias caches that hold old weights
     backbone.module.eval()
