@@ -240,6 +240,8 @@ def test_progress_is_monotone_and_throttled() -> None:
 
 def test_targets_are_found_by_name() -> None:
     assert set(TARGETS) <= set(list_targets())
+    for name in list_targets():  # no helper among them, however its file is called
+        assert get_target(name).name == name
     assert get_target("cpu-onnxruntime").name == "cpu-onnxruntime"
     with pytest.raises(UsageError, match="cpu-onnxruntime"):
         get_target("cpu-onnx")
