@@ -41,6 +41,7 @@ class CoremlTarget:
     name: str
     formats: tuple[str, ...] = ("mlpackage",)
     exporter: str = "coreml"
+    floats: str = "as the file says"
 
     def __init__(self, units: ComputeUnit = "all") -> None:
         self._units = units

@@ -25,6 +25,7 @@ class CpuOpenvino:
     name: str
     formats: tuple[str, ...] = ("onnx", "xml")
     exporter: str = "openvino"
+    floats: str = "float32"
 
     def available(self) -> str | None:
         """None, or why openvino cannot be imported."""

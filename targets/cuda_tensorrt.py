@@ -27,6 +27,7 @@ class CudaTensorrt:
     name: str
     formats: tuple[str, ...] = ("engine",)
     exporter: str = "tensorrt"
+    floats: str = "as the file says"
 
     def available(self) -> str | None:
         """None, or what is missing: a driver, a library, or a torch built for CUDA."""

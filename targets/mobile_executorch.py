@@ -41,6 +41,7 @@ class MobileExecutorch(IsolatedTarget):
     name: str
     formats: tuple[str, ...] = ("pte",)
     exporter: str = "executorch"
+    floats: str = "float32"
     environment: str = "executorch"
 
     def import_inside(self) -> None:

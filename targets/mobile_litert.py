@@ -30,6 +30,7 @@ class MobileLitert(IsolatedTarget):
     name: str
     formats: tuple[str, ...] = ("tflite",)
     exporter: str = "litert"
+    floats: str = "float32"
     environment: str = "litert"
 
     def import_inside(self) -> None:

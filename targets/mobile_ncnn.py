@@ -27,6 +27,7 @@ class MobileNcnn(IsolatedTarget):
     name: str
     formats: tuple[str, ...] = ("ncnn",)
     exporter: str = "ncnn"
+    floats: str = "float32"
     environment: str = "ncnn"
 
     def import_inside(self) -> None:

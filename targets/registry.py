@@ -53,6 +53,9 @@ class Target(Protocol):
     """File suffixes, without the dot, that the target loads."""
     exporter: str
     """The exporter whose files suit it best."""
+    floats: str
+    """The precision that floats are computed in, unless a runner's ``precision`` says otherwise:
+    ``float32``, ``float16``, or that the file says it."""
 
     def available(self) -> str | None:
         """None when the target can be used, else why not and how to mend it."""
