@@ -49,7 +49,8 @@ class Gpu:
 
     def state(self) -> dict[str, Any]:
         """Clock in MHz, degrees Celsius, and why the clock is lower than it could be."""
-        nvml, found = self._nvml, {}
+        nvml = self._nvml
+        found: dict[str, Any] = {}
         with suppress(nvml.NVMLError):
             found["gpu_mhz"] = float(nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM))
         with suppress(nvml.NVMLError):
