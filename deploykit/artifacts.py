@@ -114,16 +114,23 @@ class ArtifactWriter:
                 "half": made.half,
                 "notes": list(made.notes),
                 "layers": dict(made.layers),
+                **(_as_simulation(facts) if made.simulated else {}),
                 **size_and_hash(f for f in files if f.name not in made.companions),
             }
 
         kept = self.workspace.cached(f"artifact-{exporter.name}-{name}", make)
-        return self.artifact(exporter.name, name, path, **kept, **facts)
+        return self.artifact(exporter.name, name, path, **{**facts, **kept})
 
     def artifact(self, file_format: str, name: str, path: Path, **facts: Any) -> Artifact:
         """An artefact of this run."""
         weights = self.backbone.weights.label
         return Artifact(name=name, format=file_format, path=path, weights=weights, **facts)
+
+
+def _as_simulation(facts: Mapping[str, Any]) -> dict[str, list[str]]:
+    """How a graph runs where nothing in it is an integer: all of it simulated."""
+    parts = [part for how in ("integer", "wider", "simulated") for part in facts.get(how, [])]
+    return {"integer": [], "wider": [], "simulated": parts}
 
 
 def size_and_hash(paths: Iterable[Path]) -> dict[str, object]:

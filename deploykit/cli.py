@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from deploykit.cli_bench import bench
 from deploykit.cli_options import (
     BatchSize,
     Calib,
@@ -138,6 +139,7 @@ def compress(
 app.command()(prune)
 app.command()(split)
 app.command()(sensitivity)
+app.command()(bench)
 
 
 @app.command("list")
@@ -257,11 +259,14 @@ def report_(
     as_json: Json = False,
 ) -> int:
     """Show a report again: in the terminal, as Markdown, as JSON, or as files."""
+    from deploykit.bench_output import show_bench
     from deploykit.report.markdown import render_markdown
     from deploykit.report.model import load_report
     from deploykit.report.terminal import render_terminal
     from deploykit.report.write import write_report
 
+    if show_bench(source, as_json=as_json, pages=markdown or out is not None):
+        return 0
     found = load_report(source)
     if out is not None:
         write_report(found, out)

@@ -21,6 +21,7 @@ __all__ = [
     "Backbone",
     "DeviceDescription",
     "GateResult",
+    "MachineState",
     "Measurement",
     "ParityRow",
     "PassRecord",
@@ -166,6 +167,20 @@ class Accuracy(Data):
     )
 
 
+class MachineState(Data):
+    """How fast and how warm the machine was at one moment. None where it doesn't tell."""
+
+    cpu_mhz: float | None = Field(default=None, description="mean clock of the cores used")
+    temperature_c: float | None = Field(default=None, description="hottest processor sensor")
+    throttled: int | None = Field(
+        default=None, description="times the cores used slowed down for heat since the start"
+    )
+    gpu_mhz: float | None = None
+    gpu_temperature_c: float | None = None
+    gpu_throttled: list[str] = Field(default=[], description="why its clock is held down")
+    missing: list[str] = Field(default=[], description="what the machine doesn't tell, and why")
+
+
 class DeviceDescription(Data):
     """The device and runtime a measurement was taken on."""
 
@@ -176,8 +191,12 @@ class DeviceDescription(Data):
     pinned_to: list[int]
     isa: list[str] = []
     governor: str | None = None
+    accelerator: str | None = Field(default=None, description="the GPU, where that is what ran")
+    drivers: dict[str, str] = Field(default={}, description="their versions")
     runtime: str
     os: str
+    before: MachineState | None = None
+    after: MachineState | None = None
 
 
 class Measurement(Data):
@@ -198,18 +217,38 @@ class Measurement(Data):
     noisy: bool = Field(description="the interval is too wide for the figure to be used")
     ratio: float | None = Field(
         default=None,
-        description="time against the original's, median over interleaved blocks",
+        description="time against the original's: fastest call of a block by the original's in it, "
+        "median over interleaved blocks",
+    )
+    ratio_noisy: bool | None = Field(
+        default=None,
+        description="the ratio's interval is too wide for a comparison; in old reports None: "
+        "noisy says it then",
     )
     ratio_low: float | None = None
     ratio_high: float | None = None
     peak_rss_bytes: int | None = None
+    device_memory_bytes: int | None = Field(
+        default=None, description="most memory held on the GPU, where there is one"
+    )
     load_ms: float | None = None
+    first_call_ms: float | None = Field(
+        default=None, description="of a file just loaded: some runtimes plan or compile in it"
+    )
+    ran_as: str = Field(default="", description="the precision that really ran, by the runtime")
+    energy_mj: float | None = Field(default=None, description="millijoules of one call")
+    energy: str = Field(default="", description="what counted it, or why nothing did")
     warmup: dict[str, float | bool] = {}
     kernels: dict[str, int] = Field(
         default={}, description="computing kernels of the loaded file: int8 or float, and how many"
     )
     device: DeviceDescription
     samples_ms: list[float] = Field(default=[], description="every timed call, in order")
+
+    @property
+    def comparison_noisy(self) -> bool:
+        """The ratio can't be used, though the median may be, or the other way round."""
+        return self.noisy if self.ratio_noisy is None else self.ratio_noisy
 
 
 class GateResult(Data):

@@ -101,6 +101,8 @@ def _places(
     for target in targets:
         for artifact in loadable(artifacts, target):
             load = partial(loaded, target, artifact.path, len(allowed_cores()))
+            if target.floats == "float16" and artifact.precision == "fp32":
+                artifact = artifact.model_copy(update={"half": True})
             places.append((artifact, target.name, load))
     seen = {(artifact.name, artifact.format) for artifact, _, _ in places}
     for artifact in artifacts:

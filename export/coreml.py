@@ -16,7 +16,7 @@ from deploykit.export.coreml_program import check_names, computed_in_float32, co
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
-from deploykit.targets.mac_coreml import import_coremltools, quiet
+from deploykit.targets.coreml import import_coremltools, quiet
 
 if TYPE_CHECKING:
     from deploykit.export.coreml_lowering import Lowering

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.errors import DeploykitError, UsageError, one_line
-from deploykit.targets.mac_coreml import import_coremltools, quiet
+from deploykit.targets.coreml import import_coremltools, quiet
 
 __all__ = ["load_program", "load_spec", "write_package"]
 

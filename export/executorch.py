@@ -53,7 +53,7 @@ class ExecutorchExporter:
 
     def reader(self, path: Path) -> tuple[str, Reader] | None:
         """The program run by ExecuTorch on this machine."""
-        return read_by("cpu-executorch", path)
+        return read_by("mobile-executorch", path)
 
 
 def _notes(lowered: Lowered, layers: dict[str, int]) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class LitertExporter:
 
     def reader(self, path: Path) -> tuple[str, Reader] | None:
         """The model run by LiteRT on this machine."""
-        return read_by("cpu-litert", path)
+        return read_by("mobile-litert", path)
 
 
 def _notes(lowered: Lowered, layers: dict[str, int]) -> tuple[str, ...]:

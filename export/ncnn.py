@@ -84,7 +84,7 @@ class NcnnExporter:
 
     def reader(self, path: Path) -> tuple[str, Reader] | None:
         """The model run by ncnn on this machine."""
-        return read_by("cpu-ncnn", path)
+        return read_by("mobile-ncnn", path)
 
     def _check(self, source: Source, path: Path) -> None:
         size = source.backbone.preprocessing.size
@@ -92,7 +92,7 @@ class NcnnExporter:
         image = torch.randn(1, 3, size, size, generator=generator)
         with torch.no_grad():
             wanted = source.graph_module(image)
-        found = torch.from_numpy(get_target("cpu-ncnn").load(path, 1)(image.numpy()))
+        found = torch.from_numpy(get_target("mobile-ncnn").load(path, 1)(image.numpy()))
         if found.shape != wanted.shape:
             message = f"ncnn gives {tuple(found.shape)} for {tuple(wanted.shape)} logits"
             raise DeploykitError(message)

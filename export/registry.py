@@ -34,7 +34,7 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "deploykit.exporters"
 
-_OWN = ("coreml", "executorch", "litert", "ncnn", "onnx", "openvino", "tensorrt")
+_OWN = ("coreml", "executorch", "litert", "ncnn", "onnx", "openvino", "tensorrt", "torch")
 
 Profile = Literal["asymmetric", "mixed", "symmetric"]
 """Of activation codes of 8 bits: unsigned with any zero point; the same, but signed without one
@@ -75,6 +75,7 @@ class Exported:
         layers: what the format made of the layers, such as ``{"int8": 40, "float": 3}``.
         dynamic_batch: whether the file really takes any number of images.
         half: floats are computed in float16.
+        simulated: whatever is quantised in it is computed as floats.
         companions: names of files that were written beside it and needn't ship.
     """
 
@@ -84,6 +85,7 @@ class Exported:
     layers: Mapping[str, int] = field(default_factory=dict)
     companions: tuple[str, ...] = ()
     half: bool = False
+    simulated: bool = False
 
 
 class Exporter(Protocol):

@@ -30,6 +30,7 @@ class CpuOnnxRuntime:
     name: str
     formats: tuple[str, ...] = ("onnx",)
     exporter: str = "onnx"
+    floats: str = "float32"
 
     def available(self) -> str | None:
         """None, or why onnxruntime cannot be imported."""

@@ -15,6 +15,7 @@ from deploykit.targets.registry import FloatArray, Runner, register_target
 __all__ = ["CpuOpenvino"]
 
 
+_FLOATS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 _LAYERS = ("Convolution", "FullyConnected", "MatMul", "ScaledDotProductAttention")
 
 
@@ -25,6 +26,7 @@ class CpuOpenvino:
     name: str
     formats: tuple[str, ...] = ("onnx", "xml")
     exporter: str = "openvino"
+    floats: str = "float32"
 
     def available(self) -> str | None:
         """None, or why openvino cannot be imported."""
@@ -82,7 +84,9 @@ class CpuOpenvino:
         if len(compiled.inputs) != 1:
             message = f"{path}: wanted a model with one input, it has {len(compiled.inputs)}"
             raise UsageError(message)
-        return _Request(compiled.create_infer_request(), compiled.outputs[0], path)
+        really = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        request = compiled.create_infer_request()
+        return _Request(request, compiled.outputs[0], path, _FLOATS.get(really, really))
 
 
 def _compile(path: Path, options: dict[str, Any]) -> Any:
@@ -92,7 +96,9 @@ def _compile(path: Path, options: dict[str, Any]) -> Any:
 
 
 class _Request:
-    def __init__(self, request: Any, output: Any, path: Path) -> None:
+    def __init__(self, request: Any, output: Any, path: Path, precision: str) -> None:
+        self.precision = precision
+        """Of floats, as the compiled model says."""
         self._request = request
         self._output = output
         self._path = path

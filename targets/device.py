@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TypedDict
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
+
+from deploykit.targets.nvml import Gpu
 
 __all__ = [
     "DeviceFacts",
@@ -32,10 +35,15 @@ _ISA = (
     "avx512_vnni",
     "avx_vnni",
     "amx_int8",
+    "amx_bf16",
     "avx512_bf16",
+    "avx512_fp16",
     "asimddp",
     "i8mm",
+    "bf16",
+    "sve",
 )
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _CPU_FILES = Path("/sys/devices/system/cpu")
 
 
@@ -49,6 +57,8 @@ class DeviceFacts(TypedDict):
     pinned_to: list[int]
     isa: list[str]
     governor: str | None
+    accelerator: str | None
+    drivers: dict[str, str]
     runtime: str
     os: str
 
@@ -116,9 +126,20 @@ class Neighbours:
 
 
 def describe(
-    target: str, runtime: str, *, threads: int, cores: int, pinned_to: Sequence[int]
+    target: str,
+    runtime: str,
+    *,
+    threads: int,
+    cores: int,
+    pinned_to: Sequence[int],
+    gpu: Gpu | None = None,
 ) -> DeviceFacts:
-    """The device, for the report. ``cores`` counts the logical cores the user's process has."""
+    """The device, for the report.
+
+    Args:
+        cores: how many logical cores the user's process has.
+        gpu: what the target runs on, if it is one that can be asked.
+    """
     brand, flags = _cpu()
     physical = psutil.cpu_count(logical=False) or 0
     logical = psutil.cpu_count(logical=True) or 0
@@ -128,8 +149,10 @@ def describe(
         cores=cores,
         threads=threads,
         pinned_to=list(pinned_to),
-        isa=[name for name in _ISA if name in flags],
+        isa=[name for name in _ISA if name in flags] + ([gpu.architecture] if gpu else []),
         governor=_governor(pinned_to[0] if pinned_to else 0),
+        accelerator=gpu.name if gpu else None,
+        drivers=_drivers(gpu) if target.startswith("cuda") else {},
         runtime=runtime,
         os=platform.platform(),
     )
@@ -170,6 +193,13 @@ def _read(path: Path) -> str | None:
 
 def _governor(core: int) -> str | None:
     return _read(_CPU_FILES / f"cpu{core}" / "cpufreq" / "scaling_governor")
+
+
+def _drivers(gpu: Gpu | None) -> dict[str, str]:
+    if gpu is not None:
+        return {"nvidia": gpu.driver}
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", _read(_DRIVER_FILE) or "")
+    return {"nvidia": found[1]} if found else {}
 
 
 def _max_frequency(core: int) -> int:

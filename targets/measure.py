@@ -152,9 +152,7 @@ def _assemble(
                     "precision": precision,
                     "batch": batch,
                     "device": timed["device"],
-                    "peak_rss_bytes": alone["peak_rss_bytes"],
-                    "load_ms": alone["load_ms"],
-                    "kernels": alone["kernels"],
+                    **{key: value for key, value in alone.items() if key in known},
                 }
             )
             for (name, _, precision), figures, alone in zip(

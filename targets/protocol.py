@@ -66,7 +66,12 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Series:
-    """Everything measured of one model, in milliseconds. ``samples`` is (blocks, calls)."""
+    """Everything measured of one model, in milliseconds. ``samples`` is (blocks, calls).
+
+    On a machine that changes its speed the median can be uncertain while the ratio is not: what
+    slows a whole block cancels in it. So each has its own doubt: ``noisy`` is that of all
+    figures together, ``ratio_noisy`` that of the comparison alone.
+    """
 
     samples: Samples
     p50: Interval
@@ -75,6 +80,7 @@ class Series:
     withheld: str | None
     noisy: bool
     ratio: Interval | None
+    ratio_noisy: bool
     warmup: Warmup
 
 
@@ -136,7 +142,7 @@ def run_protocol(
 def discredit(series: Series, reason: str) -> Series:
     """The same figures, called noisy for a reason that the intervals cannot see."""
     reasons = [series.withheld] if series.withheld else []
-    return replace(series, noisy=True, withheld="; ".join([*reasons, reason]))
+    return replace(series, noisy=True, ratio_noisy=True, withheld="; ".join([*reasons, reason]))
 
 
 def _burst_length(warmups: Sequence[Warmup], timing: Timing) -> int:
@@ -233,6 +239,7 @@ def _summary(
         withheld="; ".join(reasons) or None,
         noisy=short or not _narrow([(p50, ratio)]),
         ratio=ratio,
+        ratio_noisy=short or (ratio is not None and not ratio.within(_PRECISION)),
         warmup=warmup,
     )
 

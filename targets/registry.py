@@ -1,9 +1,10 @@
 """Targets are found by name; a new target is one new file with the decorator.
 
 The target ``cpu-onnxruntime`` lives in ``cpu_onnxruntime.py``: kind of device, underscore,
-runtime. Only the file that is asked for is imported, and a target imports its runtime only when
-it is used, so listing targets is cheap. Other packages join through the entry-point group
-``deploykit.targets``.
+runtime (``coreml`` is both at once). A file whose first word is a kind of device is a target, all
+others are helpers. Only the file that is asked for is imported, and a target imports its runtime
+only when it is used, so listing targets is cheap. Other packages join through the entry-point
+group ``deploykit.targets``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "deploykit.targets"
 
+_KINDS = ("coreml", "cpu", "cuda", "mobile")
+"""Kinds of device: the first words of the files that are targets."""
+
 FloatArray = NDArray[np.float32]
 
 
@@ -49,6 +53,9 @@ class Target(Protocol):
     """File suffixes, without the dot, that the target loads."""
     exporter: str
     """The exporter whose files suit it best."""
+    floats: str
+    """The precision that floats are computed in, unless a runner's ``precision`` says otherwise:
+    ``float32``, ``float16``, or that the file says it."""
 
     def available(self) -> str | None:
         """None when the target can be used, else why not and how to mend it."""
@@ -126,10 +133,10 @@ def list_targets() -> list[str]:
 
 
 def _own_names() -> set[str]:
-    """Targets of this package: the files with an underscore inside their name."""
+    """Targets of this package: the files whose first word is a kind of device."""
     package = importlib.import_module(__package__ or "deploykit.targets")
     files = (info.name for info in pkgutil.iter_modules(package.__path__))
-    return {name.replace("_", "-") for name in files if "_" in name.strip("_")}
+    return {name.replace("_", "-") for name in files if name.split("_")[0] in _KINDS}
 
 
 def _offered() -> dict[str, EntryPoint]:

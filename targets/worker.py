@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypedDict
 
@@ -21,10 +22,14 @@ from deploykit.errors import (
     DeploykitError,
     TargetMissingError,
     UsageError,
+    one_line,
 )
 from deploykit.targets.device import Neighbours, describe, peak_rss_bytes, pin
+from deploykit.targets.energy import Meter, NvmlMeter, energy_of_a_call, find_rapl
+from deploykit.targets.machine_state import read_state, throttled_between
+from deploykit.targets.nvml import Gpu, find_gpu
 from deploykit.targets.ending import end_with
-from deploykit.targets.registry import FloatArray, Target, get_target
+from deploykit.targets.registry import FloatArray, Runner, Target, get_target
 
 __all__ = ["Request", "main"]
 
@@ -103,10 +108,64 @@ def _memory(request: Request) -> dict[str, Any]:
     runner = target.load(Path(path), request["threads"])
     load_ms = (time.perf_counter_ns() - before) / 1e6
     images = _images(request)
-    for _ in range(_MEMORY_RUNS):
+    before = time.perf_counter_ns()
+    runner(images)
+    first_call_ms = (time.perf_counter_ns() - before) / 1e6
+    for _ in range(_MEMORY_RUNS - 1):
         runner(images)
     peak = peak_rss_bytes()  # before anything else is loaded
-    return {"peak_rss_bytes": peak, "load_ms": load_ms, "kernels": target.kernels(Path(path))}
+    on_device = getattr(target, "device_memory_bytes", None)
+    kernels = target.kernels(Path(path))
+    return {
+        "peak_rss_bytes": peak,
+        "device_memory_bytes": None if on_device is None else on_device(),
+        "load_ms": load_ms,
+        "first_call_ms": first_call_ms,
+        "kernels": kernels,
+        "ran_as": ran_as(kernels, _floats(target, runner)),
+        **_energy(target, lambda: runner(images)),
+    }
+
+
+def _floats(target: Target, runner: Runner) -> str:
+    """What a loaded file says it computes floats in; else what its target says."""
+    other = getattr(target, "floats", "not told by the target")  # another package's may be older
+    return str(getattr(runner, "precision", other))
+
+
+def ran_as(kernels: Mapping[str, int], floats: str) -> str:
+    """The precision that really ran: ``int8 in 40 of 43 kernels, float32``."""
+    integer: Counter[str] = Counter()
+    for name, count in kernels.items():
+        width = name.split()[0]
+        if width.startswith("int"):
+            integer[width] += count
+    total = sum(count for name, count in kernels.items() if not name.startswith("simulated"))
+    parts = [f"{width} in {count} of {total} kernels" for width, count in sorted(integer.items())]
+    return ", ".join([*parts, floats])
+
+
+def _energy(target: Target, call: Callable[[], object]) -> dict[str, Any]:
+    meter: Meter | None
+    gpu, reason = _gpu(target)
+    if _on_gpu(target):
+        try:
+            meter = None if gpu is None else NvmlMeter(gpu)
+        except Exception as error:  # older than Volta; the library is not ours
+            meter, reason = None, f"the GPU doesn't count its energy ({one_line(error)})"
+    else:
+        meter, reason = find_rapl()
+    if meter is None:
+        return {"energy_mj": None, "energy": reason}
+    return {"energy_mj": energy_of_a_call(call, meter), "energy": meter.source}
+
+
+def _on_gpu(target: Target) -> bool:
+    return target.name.startswith("cuda")
+
+
+def _gpu(target: Target) -> tuple[Gpu | None, str]:
+    return find_gpu() if _on_gpu(target) else (None, "")
 
 
 def _time(request: Request, emit: Emit) -> dict[str, Any]:
@@ -116,12 +175,14 @@ def _time(request: Request, emit: Emit) -> dict[str, Any]:
     target = _usable(request)
     emit({"event": "progress", "fraction": 0.0, "text": "loading"})
     calls = _calls(target, request)
-    device = describe(
+    gpu, no_gpu = _gpu(target)
+    facts = describe(
         request["target"],
         target.runtime(),
         threads=request["threads"],
         cores=request["cores_available"],
         pinned_to=pinned,
+        gpu=gpu,
     )
     timing = Timing(
         min_samples=request["min_samples"],
@@ -131,6 +192,7 @@ def _time(request: Request, emit: Emit) -> dict[str, Any]:
         seed=request["seed"],
     )
     neighbours = Neighbours(pinned)
+    state = read_state(pinned, gpu)
     series = run_protocol(
         calls,
         timing,
@@ -147,6 +209,12 @@ def _time(request: Request, emit: Emit) -> dict[str, Any]:
     if request["threads"] > 1 and share > _BUSY_SHARE:
         reason = f"other processes took {share:.0%} of the cores, too much for several threads"
         series = [discredit(one, reason) for one in series]
+    later = read_state(pinned, gpu)
+    if (slowed := throttled_between(state, later)) is not None:
+        series = [discredit(one, slowed) for one in series]
+    for one in (state, later):
+        one["missing"] += [no_gpu] if no_gpu else []
+    device = {**facts, "before": state, "after": later}
 
     def plain(one: Series) -> dict[str, Any]:
         ratio = one.ratio
@@ -159,6 +227,7 @@ def _time(request: Request, emit: Emit) -> dict[str, Any]:
             "p99_ms": one.p99,
             "withheld": one.withheld,
             "noisy": one.noisy,
+            "ratio_noisy": one.ratio_noisy,
             "ratio": ratio and ratio.value,
             "ratio_low": ratio and ratio.low,
             "ratio_high": ratio and ratio.high,

@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 
 from deploykit.errors import MeasurementError, TargetMissingError, UsageError
-from deploykit.targets import mac_coreml
-from deploykit.targets.mac_coreml import MacCoreml
+from deploykit.targets import coreml
+from deploykit.targets.coreml import CoremlTarget
 from deploykit.targets.registry import get_target, list_targets
 
 on_mac = platform.system() == "Darwin"
 
 
 def test_the_target_is_found_by_name() -> None:
-    assert "mac-coreml" in list_targets()
-    assert get_target("mac-coreml").formats == ("mlpackage",)
+    assert "coreml" in list_targets()
+    assert get_target("coreml").formats == ("mlpackage",)
 
 
 @pytest.mark.skipif(on_mac, reason="this is a Mac")
 def test_elsewhere_it_says_that_it_needs_a_mac(tmp_path: Path) -> None:
-    target = MacCoreml()
+    target = CoremlTarget()
     reason = target.available()
     assert reason is not None and "macOS" in reason and "\n" not in reason
     for call in (
@@ -101,8 +101,8 @@ def a_mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     plan = SimpleNamespace(MLComputePlan=SimpleNamespace(load_from_path=fake_plan))
     fake.models = SimpleNamespace(MLModel=FakeModel, compute_plan=plan)
     monkeypatch.setitem(sys.modules, "coremltools", fake)
-    monkeypatch.setattr(mac_coreml.platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(mac_coreml.platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    monkeypatch.setattr(coreml.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(coreml.platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
     yield fake
 
 
@@ -113,7 +113,7 @@ def package_folder(tmp_path: Path, name: str = "model") -> Path:
 
 
 def test_on_a_mac_it_predicts(a_mac: ModuleType, tmp_path: Path) -> None:
-    target = MacCoreml()
+    target = CoremlTarget()
     assert target.available() is None
     assert target.runtime() == "Core ML of macOS 15.1 (all), coremltools 9.0"
     run = target.load(package_folder(tmp_path), 1)
@@ -126,7 +126,7 @@ def test_on_a_mac_it_predicts(a_mac: ModuleType, tmp_path: Path) -> None:
 
 
 def test_on_a_mac_it_says_what_runs_where(a_mac: ModuleType, tmp_path: Path) -> None:
-    kernels = MacCoreml("cpu-neural-engine").kernels(package_folder(tmp_path))
+    kernels = CoremlTarget("cpu-neural-engine").kernels(package_folder(tmp_path))
     assert kernels == {"float neural-engine conv": 2, "float cpu matmul": 1, "unplanned linear": 1}
 
 
@@ -143,13 +143,13 @@ def test_what_core_ml_refuses_is_one_line(
 ) -> None:
     path = package_folder(tmp_path, name) if name else tmp_path / "absent.mlpackage"
     with pytest.raises(UsageError, match=reason) as info:
-        MacCoreml().load(path, 1)
+        CoremlTarget().load(path, 1)
     assert "\n" not in str(info.value)
 
 
 def test_a_mac_without_coremltools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mac_coreml.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(coreml.platform, "system", lambda: "Darwin")
     monkeypatch.setitem(sys.modules, "coremltools", None)
-    assert "deploykit-vision[coreml]" in (MacCoreml().available() or "")
+    assert "deploykit-vision[coreml]" in (CoremlTarget().available() or "")
     with pytest.raises(TargetMissingError, match="pip install"):
-        MacCoreml().runtime()
+        CoremlTarget().runtime()

@@ -172,7 +172,7 @@ def test_the_guest_sees_our_package_and_nothing_else_of_our_path(
     assert command[1] == "-I"
     assert set(json.loads(command[3])) == {"deploykit", "deploykit.targets", "deploykit.export"}
     found = call("ncnn", "deploykit.targets.registry:list_targets", 60)
-    assert "cpu-ncnn" in found
+    assert "mobile-ncnn" in found
 
 
 def test_an_error_of_the_function_keeps_its_kind_and_the_process_its_life() -> None:
@@ -339,6 +339,6 @@ def test_measuring_starts_the_measuring_process_where_the_runtime_is(
     path = tmp_path / "model.ncnn"
     path.mkdir()
     with pytest.raises(DeploykitError, match="far enough"):
-        measure("cpu-ncnn", [("original", path, "fp32")], input_shape=(3, 8, 8))
+        measure("mobile-ncnn", [("original", path, "fp32")], input_shape=(3, 8, 8))
     assert commands[0][-1] == "deploykit.targets.worker"
     assert Path(commands[0][2]).name == "guest.py"

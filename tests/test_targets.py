@@ -240,6 +240,8 @@ def test_progress_is_monotone_and_throttled() -> None:
 
 def test_targets_are_found_by_name() -> None:
     assert set(TARGETS) <= set(list_targets())
+    for name in list_targets():  # no helper among them, however its file is called
+        assert get_target(name).name == name
     assert get_target("cpu-onnxruntime").name == "cpu-onnxruntime"
     with pytest.raises(UsageError, match="cpu-onnxruntime"):
         get_target("cpu-onnx")
@@ -468,6 +470,13 @@ def test_measure_end_to_end(tiny: Path, tmp_path: Path) -> None:
     assert 2**20 < first.peak_rss_bytes < 250 * 2**20
     assert first.load_ms is not None
     assert first.device.runtime.startswith("onnxruntime ")
+    assert first.ran_as == "float32"
+    assert first.first_call_ms is not None
+    assert first.device.before is not None
+    assert first.device.after is not None
+    assert (first.energy_mj is None) == (not first.energy.startswith("RAPL"))
+    assert first.energy  # what counted it, or why nothing did
+    assert first.ratio_noisy is False or first.noisy
     assert len(first.device.pinned_to) == (1 if sys.platform == "linux" else 0)
     assert seen[-1] == (1.0, "measured")
     assert [fraction for fraction, _ in seen] == sorted(fraction for fraction, _ in seen)

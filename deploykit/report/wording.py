@@ -19,6 +19,7 @@ __all__ = [
     "count_text",
     "drop_sentence",
     "interval",
+    "machine",
     "ms",
     "percent",
     "ratio_short",
@@ -111,12 +112,36 @@ def interval(measurement: Measurement) -> str:
     return f"{ms(measurement.p50_low_ms)} … {ms(measurement.p50_high_ms)}"
 
 
+def machine(measurement: Measurement) -> str:
+    """How fast and warm the machine was before and after, and what is not known of it."""
+    device = measurement.device
+    before, after = device.before, device.after
+    parts = [device.accelerator or "", *(f"{k} driver {v}" for k, v in device.drivers.items())]
+    if measurement.ran_as:
+        parts.append(f"ran as {measurement.ran_as}")
+    if before is not None and after is not None:
+        for unit, first, last in (
+            ("MHz", before.cpu_mhz, after.cpu_mhz),
+            ("°C", before.temperature_c, after.temperature_c),
+            ("MHz (GPU)", before.gpu_mhz, after.gpu_mhz),
+            ("°C (GPU)", before.gpu_temperature_c, after.gpu_temperature_c),
+        ):
+            if first is not None and last is not None:
+                parts.append(f"{first:.0f} → {last:.0f} {unit}")
+        parts += [f"no {line}" for line in before.missing]
+    if measurement.energy_mj is not None:
+        parts.append(f"{_three(measurement.energy_mj)} mJ a call ({measurement.energy})")
+    elif measurement.energy:
+        parts.append(f"no energy: {measurement.energy}")
+    return "; ".join(part for part in parts if part)
+
+
 def ratio_short(measurement: Measurement) -> str:
     """``2.10× faster``, ``1.05× slower``, or that the interval (or noise) does not let us say."""
     ratio = measurement.ratio
     if ratio is None or ratio <= 0:
         return "–"
-    if measurement.noisy:
+    if measurement.comparison_noisy:
         return "too noisy"
     low, high = measurement.ratio_low, measurement.ratio_high
     if low is not None and high is not None and low <= 1 <= high:
@@ -126,7 +151,7 @@ def ratio_short(measurement: Measurement) -> str:
 
 def ratio_text(measurement: Measurement) -> str:
     """The same with the figure itself: ``2.10× faster (0.476 of its time, 0.460 … 0.490)``."""
-    if measurement.ratio is None or measurement.noisy:
+    if measurement.ratio is None or measurement.comparison_noisy:
         return ratio_short(measurement)
     text = f"{ratio_short(measurement)} ({measurement.ratio:.3f} of the original's time"
     if measurement.ratio_low is not None and measurement.ratio_high is not None:

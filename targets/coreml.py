@@ -17,7 +17,7 @@ import numpy as np
 from deploykit.errors import MeasurementError, TargetMissingError, UsageError, one_line
 from deploykit.targets.registry import FloatArray, Runner, register_target
 
-__all__ = ["ComputeUnit", "MacCoreml", "import_coremltools", "quiet"]
+__all__ = ["ComputeUnit", "CoremlTarget", "import_coremltools", "quiet"]
 
 ComputeUnit = Literal["all", "cpu", "cpu-gpu", "cpu-neural-engine"]
 
@@ -30,8 +30,8 @@ _UNITS = {
 _LAYERS = ("conv", "linear", "matmul")
 
 
-@register_target("mac-coreml")
-class MacCoreml:
+@register_target("coreml")
+class CoremlTarget:
     """The Core ML framework through coremltools' ``predict``, which only macOS has.
 
     Args:
@@ -41,6 +41,7 @@ class MacCoreml:
     name: str
     formats: tuple[str, ...] = ("mlpackage",)
     exporter: str = "coreml"
+    floats: str = "as the file says"
 
     def __init__(self, units: ComputeUnit = "all") -> None:
         self._units = units

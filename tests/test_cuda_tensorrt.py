@@ -13,25 +13,25 @@ import pytest
 import torch
 
 from deploykit.errors import MeasurementError, TargetMissingError, UsageError
-from deploykit.targets import gpu_tensorrt, nvidia
-from deploykit.targets.gpu_tensorrt import GpuTensorrt, count_kernels
+from deploykit.targets import cuda_tensorrt, nvidia
+from deploykit.targets.cuda_tensorrt import CudaTensorrt, count_kernels
 from deploykit.targets.registry import get_target, list_targets
 
 CLASSES, SIDE = 4, 8
 
 
 def test_registered() -> None:
-    target = get_target("gpu-tensorrt")
-    assert "gpu-tensorrt" in list_targets() and target.formats == ("engine",)
+    target = get_target("cuda-tensorrt")
+    assert "cuda-tensorrt" in list_targets() and target.formats == ("engine",)
 
 
 def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:
     if nvidia.gpu_missing() is None:
         pytest.skip("a GPU is here")
-    reason = GpuTensorrt().available()
+    reason = CudaTensorrt().available()
     assert reason is not None and "needs an NVIDIA GPU" in reason and "\n" not in reason
     with pytest.raises(TargetMissingError, match="needs an NVIDIA GPU"):
-        GpuTensorrt().load(tmp_path / "model.engine", 1)
+        CudaTensorrt().load(tmp_path / "model.engine", 1)
 
 
 # ── a stand-in for a GPU: torch's CPU tensors and an engine that sums each image ──────────────
@@ -156,13 +156,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         version=SimpleNamespace(cuda="13.0"),
         __version__="2.13.0",
     )
-    monkeypatch.setattr(gpu_tensorrt, "_torch", lambda: stand_in)
-    monkeypatch.setattr(gpu_tensorrt, "gpu_missing", lambda: None)
+    monkeypatch.setattr(cuda_tensorrt, "_torch", lambda: stand_in)
+    monkeypatch.setattr(cuda_tensorrt, "gpu_missing", lambda: None)
     file = tmp_path / "model.engine"
     file.write_bytes(b"engine")
 
     def place(*libraries: Any) -> Path:
-        monkeypatch.setattr(gpu_tensorrt, "find_libraries", lambda: list(libraries))
+        monkeypatch.setattr(cuda_tensorrt, "find_libraries", lambda: list(libraries))
         return file
 
     return place
@@ -175,7 +175,7 @@ def pixels(count: int, seed: int = 0) -> Any:
 def test_runs_on_its_stream_and_waits(gpu: Any) -> None:
     context = Context(fails=False)
     path = gpu(library("tensorrt", None), library("tensorrt_rtx", Engine(context)))
-    run = GpuTensorrt().load(path, 1)
+    run = CudaTensorrt().load(path, 1)
     waited = Stream.waited
     for count, seed in ((1, 0), (1, 1), (2, 2), (1, 3)):
         batch = pixels(count, seed)
@@ -188,20 +188,20 @@ def test_runs_on_its_stream_and_waits(gpu: Any) -> None:
 
 def test_says_what_is_at_hand(gpu: Any) -> None:
     gpu(library("tensorrt_rtx", None))
-    assert GpuTensorrt().available() is None
-    text = GpuTensorrt().runtime()
+    assert CudaTensorrt().available() is None
+    text = CudaTensorrt().runtime()
     assert "tensorrt_rtx 1.0" in text and "Stand-in GPU (SM89)" in text and "precision" in text
 
 
 def test_batch_outside_the_profile_is_one_line(gpu: Any) -> None:
-    run = GpuTensorrt().load(gpu(library("tensorrt", Engine(Context(fails=False)))), 1)
+    run = CudaTensorrt().load(gpu(library("tensorrt", Engine(Context(fails=False)))), 1)
     with pytest.raises(MeasurementError, match=r"built for \(1, 3, 8, 8\) to \(2, 3, 8, 8\)"):
         run(pixels(3))
     assert run(pixels(2)).shape == (2, CLASSES)
 
 
 def test_a_failed_run_is_one_line(gpu: Any) -> None:
-    run = GpuTensorrt().load(gpu(library("tensorrt", Engine(Context(fails=True)))), 1)
+    run = CudaTensorrt().load(gpu(library("tensorrt", Engine(Context(fails=True)))), 1)
     with pytest.raises(MeasurementError, match="TensorRT failed on") as error:
         run(pixels(1))
     assert "\n" not in str(error.value)
@@ -219,14 +219,14 @@ def test_a_failed_run_is_one_line(gpu: Any) -> None:
 def test_engines_that_do_not_fit(gpu: Any, engine: Engine | None, reason: str) -> None:
     path = gpu(library("tensorrt", engine))
     with pytest.raises(UsageError, match=reason):
-        GpuTensorrt().load(path, 1)
+        CudaTensorrt().load(path, 1)
     with pytest.raises(UsageError, match="no such file"):
-        GpuTensorrt().load(path.with_name("gone.engine"), 1)
+        CudaTensorrt().load(path.with_name("gone.engine"), 1)
 
 
 def test_kernels(gpu: Any) -> None:
     path = gpu(library("tensorrt", Engine(None)))
-    assert GpuTensorrt().kernels(path) == {"compiled program": 1}
+    assert CudaTensorrt().kernels(path) == {"compiled program": 1}
     layer = {
         "Name": "node_Conv_1 + node_relu",
         "LayerType": "CaskConvolution",

@@ -12,13 +12,13 @@ from deploykit.errors import MeasurementError, UsageError
 from deploykit.targets.isolated import IsolatedTarget, one_by_one
 from deploykit.targets.registry import FloatArray, Runner, register_target
 
-__all__ = ["CpuNcnn"]
+__all__ = ["MobileNcnn"]
 
 _PRODUCTS = ("Convolution", "ConvolutionDepthWise", "InnerProduct", "Gemm", "MatMul", "SDPA")
 
 
-@register_target("cpu-ncnn")
-class CpuNcnn(IsolatedTarget):
+@register_target("mobile-ncnn")
+class MobileNcnn(IsolatedTarget):
     """Models as a phone runs them, on this machine's processor, computed in float32.
 
     A batch is its images one after another.
@@ -27,6 +27,7 @@ class CpuNcnn(IsolatedTarget):
     name: str
     formats: tuple[str, ...] = ("ncnn",)
     exporter: str = "ncnn"
+    floats: str = "float32"
     environment: str = "ncnn"
 
     def import_inside(self) -> None:

@@ -18,7 +18,7 @@ from deploykit.errors import MeasurementError, UsageError, one_line
 from deploykit.targets.isolated import IsolatedTarget, one_by_one
 from deploykit.targets.registry import FloatArray, Runner, register_target
 
-__all__ = ["CpuExecutorch"]
+__all__ = ["MobileExecutorch"]
 
 _PRODUCTS = {
     "XNNFullyConnected": "FullyConnected",
@@ -30,8 +30,8 @@ _PRODUCTS = {
 _OUTSIDE = ("convolution", "linear", "addmm", "mm", "bmm")
 
 
-@register_target("cpu-executorch")
-class CpuExecutorch(IsolatedTarget):
+@register_target("mobile-executorch")
+class MobileExecutorch(IsolatedTarget):
     """Programs as a phone runs them, on this machine's processor.
 
     A batch is its images one after another. The measured process holds torch too, which
@@ -41,6 +41,7 @@ class CpuExecutorch(IsolatedTarget):
     name: str
     formats: tuple[str, ...] = ("pte",)
     exporter: str = "executorch"
+    floats: str = "float32"
     environment: str = "executorch"
 
     def import_inside(self) -> None:

@@ -14,32 +14,33 @@ from deploykit.errors import MeasurementError, TargetMissingError, UsageError, o
 from deploykit.targets.nvidia import find_libraries, first_error, gpu_missing, make_logger
 from deploykit.targets.registry import FloatArray, Runner, register_target
 
-__all__ = ["GpuTensorrt", "count_kernels"]
+__all__ = ["CudaTensorrt", "count_kernels"]
 
 _PRODUCTS = ("conv", "gemm", "matmul", "mat_mul", "matrixmultiply", "matrix_multiply", "fc", "mha")
 _INTEGER = ("int8", "int4")
 
 
-@register_target("gpu-tensorrt")
-class GpuTensorrt:
+@register_target("cuda-tensorrt")
+class CudaTensorrt:
     """The GPU that torch calls current. Types are the engine's: nothing is chosen here."""
 
     name: str
     formats: tuple[str, ...] = ("engine",)
     exporter: str = "tensorrt"
+    floats: str = "as the file says"
 
     def available(self) -> str | None:
         """None, or what is missing: a driver, a library, or a torch built for CUDA."""
         missing = gpu_missing()
         if missing is not None:
-            return f"gpu-tensorrt needs an NVIDIA GPU, but {missing}; run on a machine with one"
+            return f"cuda-tensorrt needs an NVIDIA GPU, but {missing}; run on a machine with one"
         try:
             find_libraries()
         except TargetMissingError as error:
             return str(error)
         if not _torch().cuda.is_available():
             return (
-                f"gpu-tensorrt holds its data in torch's CUDA tensors, and torch "
+                f"cuda-tensorrt holds its data in torch's CUDA tensors, and torch "
                 f"{_torch().__version__} can't use the GPU; install torch's build for CUDA"
             )
         return None
@@ -185,7 +186,7 @@ def _deserialize(path: Path) -> tuple[Any, Any, tuple[Any, Any]]:
     """The library that takes the file, the engine, and (runtime, logger), to be kept with it."""
     missing = gpu_missing()
     if missing is not None:
-        message = f"gpu-tensorrt needs an NVIDIA GPU, but {missing}; run on a machine with one"
+        message = f"cuda-tensorrt needs an NVIDIA GPU, but {missing}; run on a machine with one"
         raise TargetMissingError(message)
     if not path.is_file():
         message = f"{path}: no such file"

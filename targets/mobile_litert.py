@@ -13,15 +13,15 @@ from deploykit.errors import MeasurementError, UsageError, one_line
 from deploykit.targets.isolated import IsolatedTarget, one_by_one
 from deploykit.targets.registry import FloatArray, Runner, register_target
 
-__all__ = ["CpuLitert"]
+__all__ = ["MobileLitert"]
 
 # BuiltinOperator and TensorType of TensorFlow's schema.fbs
 _PRODUCTS = {3: "Conv", 4: "DepthwiseConv", 9: "FullyConnected", 126: "BatchMatMul"}
 _INT8, _INT4 = 9, 17
 
 
-@register_target("cpu-litert")
-class CpuLitert(IsolatedTarget):
+@register_target("mobile-litert")
+class MobileLitert(IsolatedTarget):
     """Models as a phone runs them, on this machine's processor.
 
     A batch is its images one after another.
@@ -30,6 +30,7 @@ class CpuLitert(IsolatedTarget):
     name: str
     formats: tuple[str, ...] = ("tflite",)
     exporter: str = "litert"
+    floats: str = "float32"
     environment: str = "litert"
 
     def import_inside(self) -> None:
