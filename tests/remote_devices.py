@@ -115,3 +115,66 @@ def ssh_device(folder: Path) -> Iterator[SshDevice]:
     finally:
         daemon.kill()
         daemon.wait()
+
+
+@dataclass
+class AdbDevice:
+    """A running adbd and the serial number by which adb knows it."""
+
+    folder: Path
+    serial: str
+    daemon: subprocess.Popen[bytes]
+    tmp: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tmp = self.folder / "tmp"
+        self.tmp.mkdir()
+
+    def target(self, inner: str = "cpu-onnxruntime") -> str:
+        return f"adb:{self.serial}/{inner}?python={sys.executable}&tmp={self.tmp}"
+
+    left = SshDevice.left
+
+    def vanish(self) -> None:
+        """As when the plug is pulled or the battery is empty."""
+        self.daemon.kill()
+        self.daemon.wait()
+
+
+@contextmanager
+def adb_device(folder: Path) -> Iterator[AdbDevice]:
+    """An adbd on a free port, known to an adb server of its own (``ANDROID_ADB_SERVER_PORT``).
+
+    Skips the test where there is no adb or adbd. Debian has no adbd; one built for Linux from
+    Android's sources serves if it listens where the variable ``service_adb_tcp_port`` says, as
+    Android's property of that name does. ``DEPLOYKIT_TEST_ADBD`` names it.
+    """
+    adb = shutil.which("adb")
+    if adb is None or ADBD is None:
+        pytest.skip("no adb or adbd here (Debian: adb; DEPLOYKIT_TEST_ADBD names an adbd)")
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    daemon = subprocess.Popen(
+        [ADBD, "--device_banner=device"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "adbd.log").open("wb"),
+        env={**os.environ, "service_adb_tcp_port": str(port)},
+    )
+    serial = f"127.0.0.1:{port}"
+    try:
+        wait_for(port)
+        said = ""
+        for _ in range(50):
+            subprocess.run([adb, "connect", serial], capture_output=True, check=False)
+            state = [adb, "-s", serial, "get-state"]
+            said = subprocess.run(state, capture_output=True, text=True, check=False).stdout
+            if said.strip() == "device":
+                break
+            time.sleep(0.1)
+        assert said.strip() == "device"
+        yield AdbDevice(folder, serial, daemon)
+    finally:
+        daemon.kill()
+        daemon.wait()
+        subprocess.run([adb, "disconnect", serial], capture_output=True, check=False)

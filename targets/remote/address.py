@@ -68,12 +68,13 @@ def parse(name: str) -> tuple[Address, str]:
         if not _PATH.fullmatch(value) or value.startswith("-"):
             message = f"{name}: wanted a plain path for {key}, got {value!r}"
             raise UsageError(message)
+    python, tmp = options.get("python"), options.get("tmp")
     if place.startswith("adb:"):
         serial, _, target = place.removeprefix("adb:").rpartition("/")
         serial, target = (serial, target) if serial else (target, "")
         if not _SERIAL.fullmatch(serial):
             raise _unreadable(name)
-        return Address("adb", serial, **options), target
+        return Address("adb", serial, python=python, tmp=tmp), target
     try:
         parts = urlsplit(place)
         host, port = parts.hostname or "", parts.port
@@ -84,7 +85,7 @@ def parse(name: str) -> tuple[Address, str]:
     if parts.username is not None and not _USER.fullmatch(parts.username):
         raise _unreadable(name)
     target = parts.path.removeprefix("/")
-    return Address("ssh", host, parts.username, port, **options), target
+    return Address("ssh", host, parts.username, port, python, tmp), target
 
 
 def _unreadable(name: str) -> UsageError:

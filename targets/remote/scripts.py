@@ -22,6 +22,7 @@ done
 d=$(mktemp -d "${base:-/tmp}/deploykit.XXXXXX") || exit 73
 clean() {
   trap '' HUP INT TERM
+  rm -f "$d/alive"  # first: who starts a process now sees it and gives up
   for p in $(cat "$d"/pids/* 2>/dev/null); do kill -9 -"$p" "$p"; done 2>/dev/null
   rm -rf "$d" 2>/dev/null || { sleep 1; rm -rf "$d"; }
 }
@@ -41,13 +42,14 @@ while read -r _; do : > "$d/alive"; done
 # $1: our folder, $2: a name for the process, the rest: its command. In the background and waited
 # for, so that its number is known and is forgotten the moment it ends.
 LAUNCH = """
+umask 077
 d=$1; name=$2; shift 2
 cd "$d" || exit 71
 exec 3<&0
 "$@" <&3 3<&- &
 p=$!
 exec 3<&-
-echo "$$ $p" > "pids/$name" || { kill -9 "$p"; exit 73; }
+echo "$$ $p" > "pids/$name" && [ -e alive ] || { kill -9 "$p"; exit 73; }
 wait "$p"; code=$?
 rm -f "pids/$name"
 exit "$code"
@@ -60,8 +62,10 @@ rm -f "$1/pids/$2"
 """
 
 # $1: our folder, $2: the archive's sha256; the archive comes on standard input. A cut connection
-# looks like the end of the file, hence the check.
+# looks like the end of the file, hence the check; and adb calls a command that a vanished device
+# never finished a success, hence the word at the end.
 RECEIVE = """
+umask 077
 part="$1/$2.part"; place="$1/files/$2"
 fail() { rm -rf "$part" "$place"; exit 74; }
 cat > "$part" || fail
@@ -69,6 +73,7 @@ sum=$(sha256sum "$part" 2>/dev/null || shasum -a 256 "$part") || fail
 [ "${sum%% *}" = "$2" ] || { echo "what arrived is not what was sent" >&2; fail; }
 mkdir "$place" && tar -xf "$part" -C "$place" || fail
 rm -f "$part"
+echo received
 """
 
 # $1: our folder, $2: a Python. Lines of key=value.

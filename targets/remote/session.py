@@ -18,8 +18,8 @@ from typing import IO, Any, Protocol
 
 from deploykit.errors import DeploykitError, MeasurementError, TargetMissingError, UsageError
 from deploykit.targets.remote import scripts
-from deploykit.targets.remote.address import Address
 from deploykit.targets.remote.adb import Adb
+from deploykit.targets.remote.address import Address
 from deploykit.targets.remote.packing import companions, pack, package_files
 from deploykit.targets.remote.ssh import Ssh
 
@@ -148,10 +148,13 @@ class Session:
         Raises:
             MeasurementError: the connection is lost, or it gave no answer in time.
         """
-        return self.complete(self._transport.running(words), stdin, seconds)
+        with self.process(words) as command:
+            return self.complete(command, stdin, seconds)
 
     def complete(
-        self, command: Sequence[str], stdin: IO[bytes] | None = None,
+        self,
+        command: Sequence[str],
+        stdin: IO[bytes] | None = None,
         seconds: float = _COMMAND_SECONDS,
     ) -> tuple[int, str, str]:
         """As ``run``, of an argument list that ``start`` or ``process`` gave.
@@ -207,8 +210,9 @@ class Session:
                 raise UsageError(message) from error
             if digest not in self._sent:
                 words = ["sh", "-c", scripts.RECEIVE, "deploykit", self.folder, digest]
-                code, _, said = self.run(words, archive, _SEND_SECONDS)
-                if code != 0:
+                code, out, said = self.run(words, archive, _SEND_SECONDS)
+                if code != 0 or "received" not in out.split():
+                    self._demand_connection(wait_seconds=1.0)
                     if any(sign in said for sign in _FULL):
                         raise self._full()
                     last = (said.strip().splitlines() or [f"exit code {code}"])[-1]
@@ -227,7 +231,8 @@ class Session:
     def stop(self, name: str) -> None:
         """End a started process, if it hasn't ended; ending ours here doesn't end that there."""
         with contextlib.suppress(DeploykitError):  # gone: the keeper ends it
-            self.run(["sh", "-c", scripts.STOP, "deploykit", self.folder, name])
+            words = ["sh", "-c", scripts.STOP, "deploykit", self.folder, name]
+            self.complete(self._transport.running(words), seconds=_END_SECONDS)
 
     @contextlib.contextmanager
     def process(self, words: Sequence[str]) -> Iterator[list[str]]:

@@ -11,7 +11,7 @@ import runpy
 import sys
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  a device may have any
         sys.exit("Python %d.%d is too old; 3.10 or newer is needed" % sys.version_info[:2])  # noqa: UP031
     # a device has no environments beside its own Python
     os.environ["DEPLOYKIT_ON_DEVICE"] = "1"

@@ -13,7 +13,7 @@ from deploykit.targets.child import THREAD_VARIABLES, ask
 from deploykit.targets.host import Guest
 from deploykit.targets.isolated import SERVING, GuestRunner
 from deploykit.targets.registry import FloatArray, Runner, Target, get_target
-from deploykit.targets.remote.address import GRAMMAR, Address, parse
+from deploykit.targets.remote.address import GRAMMAR, Address, is_remote, parse
 from deploykit.targets.remote.probe import NEEDED
 from deploykit.targets.remote.session import Session, session_on
 
@@ -40,7 +40,7 @@ def remote_target(name: str) -> Target:
         UsageError: the name can't be read, or the target on the device is unknown.
     """
     address, inner = parse(name)
-    if not inner:
+    if not inner or is_remote(inner):
         message = f"{name}: it names a device but no target on it; wanted {GRAMMAR}"
         raise UsageError(message)
     return PythonTarget(name, address, get_target(inner))
