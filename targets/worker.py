@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypedDict
+from typing import TYPE_CHECKING, Any, TextIO, TypedDict
 
 import numpy as np
 
@@ -26,7 +26,10 @@ from deploykit.targets.device import Neighbours, describe, peak_rss_bytes, pin
 from deploykit.targets.process_end import end_with
 from deploykit.targets.registry import FloatArray, Target, get_target
 
-__all__ = ["Request", "main"]
+if TYPE_CHECKING:
+    from deploykit.targets.protocol import Series
+
+__all__ = ["Request", "main", "plain_series"]
 
 _MEMORY_RUNS = 3  # the first allocates; later ones may grow the arena once more
 
@@ -110,7 +113,7 @@ def _memory(request: Request) -> dict[str, Any]:
 
 
 def _time(request: Request, emit: Emit) -> dict[str, Any]:
-    from deploykit.targets.protocol import Series, Timing, discredit, run_protocol
+    from deploykit.targets.protocol import Timing, discredit, run_protocol
 
     pinned = pin(request["cores"])
     target = _usable(request)
@@ -148,29 +151,31 @@ def _time(request: Request, emit: Emit) -> dict[str, Any]:
         reason = f"other processes took {share:.0%} of the cores, too much for several threads"
         series = [discredit(one, reason) for one in series]
 
-    def plain(one: Series) -> dict[str, Any]:
-        ratio = one.ratio
-        return {
-            "samples": int(one.samples.size),
-            "p50_ms": one.p50.value,
-            "p50_low_ms": one.p50.low,
-            "p50_high_ms": one.p50.high,
-            "p90_ms": one.p90,
-            "p99_ms": one.p99,
-            "withheld": one.withheld,
-            "noisy": one.noisy,
-            "ratio": ratio and ratio.value,
-            "ratio_low": ratio and ratio.low,
-            "ratio_high": ratio and ratio.high,
-            "samples_ms": [round(sample, 6) for sample in one.samples.ravel().tolist()],
-            "warmup": {
-                "calls": one.warmup.calls,
-                "seconds": one.warmup.seconds,
-                "stable": one.warmup.stable,
-            },
-        }
+    return {"device": device, "measurements": [plain_series(one) for one in series]}
 
-    return {"device": device, "measurements": [plain(one) for one in series]}
+
+def plain_series(one: Series) -> dict[str, Any]:
+    """What was measured of one artefact, as JSON values."""
+    ratio = one.ratio
+    return {
+        "samples": int(one.samples.size),
+        "p50_ms": one.p50.value,
+        "p50_low_ms": one.p50.low,
+        "p50_high_ms": one.p50.high,
+        "p90_ms": one.p90,
+        "p99_ms": one.p99,
+        "withheld": one.withheld,
+        "noisy": one.noisy,
+        "ratio": ratio and ratio.value,
+        "ratio_low": ratio and ratio.low,
+        "ratio_high": ratio and ratio.high,
+        "samples_ms": [round(sample, 6) for sample in one.samples.ravel().tolist()],
+        "warmup": {
+            "calls": one.warmup.calls,
+            "seconds": one.warmup.seconds,
+            "stable": one.warmup.stable,
+        },
+    }
 
 
 def _calls(target: Target, request: Request) -> Sequence[Callable[[], FloatArray]]:

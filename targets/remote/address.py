@@ -1,7 +1,8 @@
 """Names of targets on other devices, taken apart and checked.
 
 ``ssh://[user@]host[:port]/TARGET`` and ``adb:SERIAL/TARGET``, each with ``?python=/path`` (the
-Python to use there) and ``&tmp=/folder`` (where files may lie there) behind it, if need be.
+Python to use there), ``&tmp=/folder`` (where files may lie there) and ``&runner=/path`` (a native
+program of this machine to send and use instead of Python, see ``native.py``) behind it, if need be.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from deploykit.errors import UsageError
 
 __all__ = ["GRAMMAR", "Address", "is_remote", "parse"]
 
-GRAMMAR = "ssh://[user@]host[:port]/TARGET or adb:SERIAL/TARGET, then ?python=/path&tmp=/folder"
+GRAMMAR = (
+    "ssh://[user@]host[:port]/TARGET or adb:SERIAL/TARGET, "
+    "then ?python=/path&tmp=/folder&runner=/path"
+)
 
-_OPTIONS = ("python", "tmp")
+_OPTIONS = ("python", "tmp", "runner")
 # No name may begin with a dash: ssh and adb would take it for an option.
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(%[\w.-]+)?")
 _USER = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
@@ -36,6 +40,7 @@ class Address:
     port: int | None = None
     python: str | None = None
     tmp: str | None = None
+    runner: str | None = None
 
     @property
     def device(self) -> str:
@@ -68,13 +73,13 @@ def parse(name: str) -> tuple[Address, str]:
         if not _PATH.fullmatch(value) or value.startswith("-"):
             message = f"{name}: wanted a plain path for {key}, got {value!r}"
             raise UsageError(message)
-    python, tmp = options.get("python"), options.get("tmp")
+    python, tmp, runner = map(options.get, _OPTIONS)
     if place.startswith("adb:"):
         serial, _, target = place.removeprefix("adb:").rpartition("/")
         serial, target = (serial, target) if serial else (target, "")
         if not _SERIAL.fullmatch(serial):
             raise _unreadable(name)
-        return Address("adb", serial, python=python, tmp=tmp), target
+        return Address("adb", serial, None, None, python, tmp, runner), target
     try:
         parts = urlsplit(place)
         host, port = parts.hostname or "", parts.port
@@ -85,7 +90,7 @@ def parse(name: str) -> tuple[Address, str]:
     if parts.username is not None and not _USER.fullmatch(parts.username):
         raise _unreadable(name)
     target = parts.path.removeprefix("/")
-    return Address("ssh", host, parts.username, port, python, tmp), target
+    return Address("ssh", host, parts.username, port, python, tmp, runner), target
 
 
 def _unreadable(name: str) -> UsageError:

@@ -33,6 +33,8 @@ class DeviceState:
     free_bytes: int | None = None
     memory_bytes: int | None = None
     throttling: str | None = None
+    pins: bool = False
+    """Whether it has a taskset, which keeps a process on given cores."""
     cores: list[Core] = field(default_factory=list)
     zones: dict[str, float] = field(default_factory=dict)
 
@@ -69,6 +71,8 @@ def ask_device(session: Session, python: str) -> DeviceState:
                 zones[name or "zone"] = int(millidegrees) / 1000
         elif key in ("free_kb", "memory_kb"):
             found[key.replace("kb", "bytes")] = int(value) * 1024 if value.isdigit() else None
+        elif key == "taskset":
+            found["pins"] = bool(value)
         elif key in ("machine", "system", "model", "python", "throttling"):
             found[key] = value
     return DeviceState(**found, cores=sorted(cores, key=lambda core: core.number), zones=zones)

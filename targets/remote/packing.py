@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,7 +48,8 @@ def pack(files: Iterable[tuple[str, Path]], sink: IO[bytes]) -> str:
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, path in files:
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = path.stat().st_size, 0o600
+            entry.size = path.stat().st_size
+            entry.mode = 0o700 if os.access(path, os.X_OK) else 0o600
             with path.open("rb") as stream:
                 archive.addfile(entry, stream)
     sink.seek(0)

@@ -83,6 +83,7 @@ echo "system=$(uname -sr)"
 echo "model=$(getprop ro.product.model 2>/dev/null || tr -d '\\000' \
   < /proc/device-tree/model 2>/dev/null)"
 echo "python=$("$2" -c 'import platform; print(platform.python_version())' 2>/dev/null)"
+echo "taskset=$(command -v taskset)"
 echo "free_kb=$(df -Pk "$1" 2>/dev/null | awk 'NR == 2 { print $4 }')"
 echo "memory_kb=$(awk '/^MemTotal:/ { print $2 }' /proc/meminfo 2>/dev/null)"
 for c in /sys/devices/system/cpu/cpu[0-9]*; do

@@ -8,29 +8,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deploykit.errors import DeploykitError, MeasurementError, TargetMissingError, UsageError
+from deploykit.errors import DeploykitError, TargetMissingError, UsageError
 from deploykit.targets.child import THREAD_VARIABLES, ask
 from deploykit.targets.host import Guest
 from deploykit.targets.isolated import SERVING, GuestRunner
 from deploykit.targets.registry import FloatArray, Runner, Target, get_target
 from deploykit.targets.remote.address import GRAMMAR, Address, is_remote, parse
+from deploykit.targets.remote.native import NativeTarget, runner_for
 from deploykit.targets.remote.probe import NEEDED
 from deploykit.targets.remote.session import Session, session_on
+from deploykit.targets.remote.wording import plain
 
 __all__ = ["PythonTarget", "remote_target"]
 
 _PROBE = "deploykit.targets.remote.probe"
 _WORKER = "deploykit.targets.worker"
 _PACKAGES = {
-    "cpu-executorch": "executorch",
-    "cpu-litert": "ai-edge-litert",
-    "cpu-ncnn": "ncnn",
-    "cpu-onnxruntime": "onnxruntime",
-    "cpu-openvino": "openvino",
-    "gpu-tensorrt": "tensorrt",
-    "mac-coreml": "coremltools",
+    "coreml": "coremltools",
+    "executorch": "executorch",
+    "litert": "ai-edge-litert",
+    "ncnn": "ncnn",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
 }
-"""What pip installs for a target on a device, where nothing but its runtime is wanted."""
+"""What pip installs for a runtime on a device, where nothing else is wanted."""
 
 
 def remote_target(name: str) -> Target:
@@ -43,7 +45,10 @@ def remote_target(name: str) -> Target:
     if not inner or is_remote(inner):
         message = f"{name}: it names a device but no target on it; wanted {GRAMMAR}"
         raise UsageError(message)
-    return PythonTarget(name, address, get_target(inner))
+    target, runner = get_target(inner), runner_for(address, inner)
+    if runner is not None:
+        return NativeTarget(name, address, target, runner)
+    return PythonTarget(name, address, target)
 
 
 class PythonTarget:
@@ -114,13 +119,13 @@ class PythonTarget:
                 session.stop(name)
                 raise
         except DeploykitError as error:
-            raise _plain(error, session, {}) from error
+            raise plain(error, session, {}) from error
 
         def run(images: FloatArray, /) -> FloatArray:
             try:
                 return runner(images)
             except DeploykitError as error:
-                raise _plain(error, session, {there: str(path)}) from error
+                raise plain(error, session, {there: str(path)}) from error
 
         return run
 
@@ -156,7 +161,7 @@ class PythonTarget:
                     sent, progress=progress, silence_seconds=silence_seconds, command=command
                 )
         except DeploykitError as error:
-            raise _plain(error, session, names) from error
+            raise plain(error, session, names) from error
         if isinstance(answer.get("device"), dict):
             answer["device"]["target"] = self.name
         return answer
@@ -178,13 +183,12 @@ class PythonTarget:
         where, python = self._address.device, self._python
         pip = f"on the device: {python} -m pip install"
         if answer["missing"]:
-            wanted = dict.fromkeys([*NEEDED.values(), _PACKAGES.get(self._inner, "")])
+            wanted = dict.fromkeys([*NEEDED.values(), self._package or ""])
             missing = ", ".join(answer["missing"])
             message = f"{where}: {python} lacks {missing}; {pip} {' '.join(wanted).strip()}"
             raise TargetMissingError(message)
         if answer["reason"] is not None:
-            package = _PACKAGES.get(self._inner)
-            hint = f"; {pip} {package}" if package else ""
+            hint = f"; {pip} {self._package}" if self._package else ""
             message = f"{where}: {str(answer['reason']).split('; pip install')[0]}{hint}"
             raise TargetMissingError(message)
         self._facts = answer
@@ -205,21 +209,13 @@ class PythonTarget:
         return found
 
     @property
+    def _package(self) -> str | None:
+        return _PACKAGES.get(self._inner.rpartition("-")[2])
+
+    @property
     def _python(self) -> str:
         return self._address.python or os.environ.get("DEPLOYKIT_DEVICE_PYTHON") or "python3"
 
     def _words(self, session: Session, threads: int, module: str, *arguments: str) -> list[str]:
         variables = [f"{name}={threads}" for name in THREAD_VARIABLES]
         return ["env", *variables, self._python, session.package(), module, *arguments]
-
-
-def _plain(error: DeploykitError, session: Session, names: Mapping[str, str]) -> DeploykitError:
-    """The error as the user should see it: a lost connection called one, paths of this machine."""
-    if session.lost():
-        return session.loss()
-    text = str(error)
-    for there, path in names.items():
-        text = text.replace(there, path)
-    kind = type(error) if type(error) is not DeploykitError else MeasurementError
-    where = session.address.device
-    return kind(text if text.startswith(where) else f"{where}: {text}")
