@@ -102,6 +102,8 @@ def ssh_device(folder: Path) -> Iterator[SshDevice]:
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {host}\nPidFile none\nUsePAM no\n"
         f"AuthorizedKeysFile {folder / 'authorized'}\nStrictModes no\n"
+        # bash reads no .bashrc at this level: the tests don't pay for this user's
+        "SetEnv SHLVL=5\n"
         "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
     )
     daemon = subprocess.Popen(

@@ -64,7 +64,7 @@ def model(path: Path, seed: int = 0) -> tuple[Path, np.ndarray, np.ndarray]:
 
 
 def quick(target: str, *files: Path, **options: object) -> object:
-    given = {"min_samples": 16, "min_seconds": 1e-4, "max_seconds": 0.01, "warmup_seconds": 0.0}
+    given = {"min_samples": 16, "min_seconds": 1e-4, "max_seconds": 5e-4, "warmup_seconds": 0.0}
     artifacts = [(path.stem, path, "fp32") for path in files]
     return measure(target, artifacts, input_shape=SHAPE, **{**given, **options})  # type: ignore[arg-type]
 
@@ -127,9 +127,7 @@ def test_an_emulated_program_computes_but_is_not_timed(device: SshDevice, tmp_pa
     target = name(device, script)
     found = logits(target, path, images)
     np.testing.assert_allclose(found, images.reshape(3, -1) @ weight + bias, rtol=1e-4, atol=1e-4)
-    with pytest.raises(
-        MeasurementError, match="for aarch64, the device is .*: an emulator"
-    ) as caught:
+    with pytest.raises(MeasurementError, match="an emulator runs it") as caught:
         quick(target, path)
     assert caught.value.exit_code == 7
 

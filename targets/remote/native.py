@@ -65,6 +65,8 @@ class NativeTarget:
         self.exporter = inner.exporter
         self._address = address
         self._program = runner
+        self._said: dict[str, Any] = {}
+        self._first: DeviceState | None = None
 
     @property
     def place(self) -> NativeTarget:
@@ -81,7 +83,7 @@ class NativeTarget:
 
     def runtime(self) -> str:
         """The runtime, as the program says."""
-        return str(self._describe()["runtime"])
+        return str((self._said or self._describe())["runtime"])
 
     def kernels(self, path: Path) -> dict[str, int]:
         """What the runtime makes of the file, where the program can say."""
@@ -112,11 +114,11 @@ class NativeTarget:
 
     def allowed_cores(self) -> list[int]:
         """All cores of the device."""
-        return [core.number for core in self._state().cores]
+        return [core.number for core in self._known().cores]
 
     def pick_cores(self, threads: int) -> list[int]:
         """The cores of the highest frequency."""
-        return self._state().fastest(threads)
+        return self._known().fastest(threads)
 
     def ask(
         self,
@@ -132,7 +134,7 @@ class NativeTarget:
                 was lost, or the program died.
             DeploykitError: as the program says.
         """
-        said, before = self._describe(), self._state()
+        said, before = self._said or self._describe(), self._known()
         if not _runs_natively(str(said["machine"]), before.machine):
             message = (
                 f"{self._address.device}: the runner is for {said['machine']}, the device is "
@@ -152,6 +154,7 @@ class NativeTarget:
                 return program.memory(files[0], threads, images)
             models = [program.load(path, threads) for path in files]
             program.give(images)
+            before = self._state()  # temperatures now
             timed = program.timed(models, request, progress)
         device = {
             "target": self.name,
@@ -168,6 +171,12 @@ class NativeTarget:
 
     def _state(self) -> DeviceState:
         return ask_device(session_on(self._address), self._address.python or "python3")
+
+    def _known(self) -> DeviceState:
+        """What doesn't change while it is used."""
+        if self._first is None:
+            self._first = self._state()
+        return self._first
 
     def _describe(self) -> dict[str, Any]:
         with self._serving(1) as program:

@@ -148,8 +148,12 @@ class Session:
         Raises:
             MeasurementError: the connection is lost, or it gave no answer in time.
         """
-        with self.process(words) as command:
+        command, name = self.start(words)
+        try:
             return self.complete(command, stdin, seconds)
+        except BaseException:  # else it has ended
+            self.stop(name)
+            raise
 
     def complete(
         self,
