@@ -280,16 +280,31 @@ def report_(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> int:
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(help="Or on another device: ssh://user@host, adb:SERIAL.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
     """Show which targets work here, and how to get the others."""
+    if device is not None:
+        from deploykit.device_check import check_device, device_table
+
+        state, found = check_device(device)
+        if as_json:
+            targets = {name: reason or "ok" for name, reason in found.items()}
+            print_json(json.dumps({"targets": targets, "device": state.as_json()}))
+        else:
+            Console(highlight=False).print(device_table(state, found))
+        return 0
     from deploykit.environment import environment
     from deploykit.tables import doctor_table
     from deploykit.targets.registry import get_target, list_targets
 
     rows = [(name, get_target(name).available()) for name in list_targets()]
     if as_json:
-        targets = {name: reason or "ok" for name, reason in rows}
-        print_json(json.dumps({"targets": targets, "environment": environment()}))
+        states = {name: reason or "ok" for name, reason in rows}
+        print_json(json.dumps({"targets": states, "environment": environment()}))
     else:
         Console(highlight=False).print(doctor_table(rows, environment()))
     return 0

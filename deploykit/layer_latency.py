@@ -33,6 +33,7 @@ from deploykit.prune.latency import LayerShape
 from deploykit.targets.child import ask
 from deploykit.targets.device import pick_cores, pin
 from deploykit.targets.ending import end_with
+from deploykit.targets.place import Here, place_of
 from deploykit.targets.registry import get_target
 
 __all__ = ["layer_file", "main", "measure_layers"]
@@ -51,13 +52,16 @@ def measure_layers(
     """Milliseconds of each layer alone, for one image, in one process of its own.
 
     Raises:
-        UsageError: the target doesn't load ONNX files, or a layer can't be made.
+        UsageError: the target doesn't load ONNX files or is on another device, or a layer can't
+            be made.
         TargetMissingError: its runtime isn't there.
         MeasurementError: the measuring process failed.
     """
     chosen = get_target(target)
     if "onnx" not in chosen.formats:
         raise UsageError(f"layers are timed from ONNX files, which {target} doesn't load")
+    if not isinstance(place_of(chosen), Here):
+        raise UsageError(f"layers are timed on this machine only, {target} is on another device")
     reason = chosen.available()
     if reason is not None:
         raise TargetMissingError(reason)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,10 +54,11 @@ class Workspace:
         """The JSON result of a step: read if it is there, else computed and kept.
 
         Args:
-            step: unique name, a valid file name.
+            step: unique name.
             compute: returns JSON-able data.
         """
-        path = self.work / f"{step}.json"
+        # the name of a target on another device has characters that no file name may have
+        path = self.work / f"{re.sub(r'[^A-Za-z0-9._-]', '_', step)}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
         result = compute()

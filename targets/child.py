@@ -16,12 +16,12 @@ from typing import IO, Any
 
 from deploykit.errors import DeploykitError, MeasurementError, TargetMissingError, UsageError
 
-__all__ = ["WORKER", "ask", "obituary"]
+__all__ = ["THREAD_VARIABLES", "WORKER", "ask", "obituary"]
 
 # -P: a json.py in the user's folder must not become the worker's json
 WORKER = (sys.executable, "-P", "-m", "deploykit.targets.worker")
 
-_THREAD_VARIABLES = (
+THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -47,7 +47,7 @@ def ask(
         MeasurementError: it died, was silent for ``silence_seconds``, or made no sense.
     """
     threads = str(request["threads"])
-    environment = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, threads)}
+    environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, threads)}
     with tempfile.TemporaryFile() as stderr:
         try:
             child = subprocess.Popen(

@@ -43,12 +43,16 @@ class CpuOnnxRuntime:
     def kernels(self, path: Path) -> dict[str, int]:
         """Layers and matrix products after the runtime's own fusions, by kernel.
 
+        Empty where there is no onnx to read the runtime's graph, as on a small remote device.
+
         Raises:
             TargetMissingError: onnxruntime is not installed.
         """
-        import onnx
-
         onnxruntime = import_onnxruntime()
+        try:
+            import onnx
+        except ImportError:
+            return {}
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         with tempfile.TemporaryDirectory() as folder:

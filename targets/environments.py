@@ -45,6 +45,8 @@ def here(name: str) -> bool:
     """Whether this very process can import the environment's libraries, or is its Python."""
     if Path(sys.prefix) == folder(name):  # never start a guest from within it
         return True
+    if "DEPLOYKIT_ON_DEVICE" in os.environ:  # a remote device has but one Python
+        return True
     return all(importlib.util.find_spec(module) is not None for module in LIBRARIES[name])
 
 

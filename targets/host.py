@@ -116,14 +116,27 @@ class Guest:
             UsageError, TargetMissingError, MeasurementError, DeploykitError: as the process says.
             DeploykitError: it is dead, silent for ``timeout`` seconds, or sent nonsense.
         """
+        header, body = self.exchange(pack(request, array), timeout=timeout)
+        if not body:
+            return header, None
+        try:
+            return header, unpack(body)
+        except Exception as error:  # any: the bytes may be anything
+            self.close()
+            message = f"{self._who} sent an array that cannot be read"
+            raise DeploykitError(message) from error
+
+    def exchange(self, message: bytes, *, timeout: float) -> _Message:
+        """Its answer to a message of any form: a line of JSON and the bytes that it announces.
+
+        Raises:
+            DeploykitError: as ``ask``.
+        """
         if not self._end.alive:
-            message = f"{self._who} has ended already"
-            raise DeploykitError(message)
+            raise DeploykitError(f"{self._who} has ended already")
         assert self._child.stdin is not None
         # written beside the waiting: a process that doesn't read would block us for ever
-        threading.Thread(
-            target=_write, args=(self._child.stdin, pack(request, array)), daemon=True
-        ).start()
+        threading.Thread(target=_write, args=(self._child.stdin, message), daemon=True).start()
         try:
             answer = self._answers.get(timeout=timeout)
         except queue.Empty:
@@ -132,16 +145,19 @@ class Guest:
             self.close()
             raise
         if isinstance(answer, tuple):
-            return self._checked(*answer)
+            if "error" in answer[0]:
+                kind = _ERRORS.get(str(answer[0]["error"]), DeploykitError)
+                raise kind(str(answer[0].get("message")))
+            return answer
         if answer is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(_GRACE_SECONDS)  # it may have closed its output and live on
             self._child.kill()
-            message = obituary(self._child, self._stderr, self._who)
+            last = obituary(self._child, self._stderr, self._who)
         else:
-            message = f"{self._who} {answer}"
+            last = f"{self._who} {answer}"
         self.close()
-        raise DeploykitError(message)
+        raise DeploykitError(last)
 
     def ask_for(self, key: str, request: Mapping[str, Any], *, timeout: float) -> Any:
         """One value of its answer.
@@ -155,21 +171,6 @@ class Guest:
             message = f"{self._who} sent an answer without a {key}"
             raise DeploykitError(message)
         return header[key]
-
-    def _checked(
-        self, header: dict[str, Any], body: bytes
-    ) -> tuple[dict[str, Any], FloatArray | None]:
-        if "error" in header:
-            error = _ERRORS.get(str(header["error"]), DeploykitError)
-            raise error(str(header.get("message")))
-        if not body:
-            return header, None
-        try:
-            return header, unpack(body)
-        except Exception as error:  # any: the bytes may be anything
-            self.close()
-            message = f"{self._who} sent an array that cannot be read"
-            raise DeploykitError(message) from error
 
 
 def call(environment: str, function: str, timeout: float, **arguments: Any) -> Any:

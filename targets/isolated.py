@@ -18,11 +18,11 @@ from deploykit.targets.environments import here, missing
 from deploykit.targets.host import Guest, call, guest_command
 from deploykit.targets.registry import FloatArray, Runner
 
-__all__ = ["IsolatedTarget", "one_by_one"]
+__all__ = ["SERVING", "GuestRunner", "IsolatedTarget", "one_by_one"]
 
 _LOAD_SECONDS = 300.0
 _RUN_SECONDS = 600.0
-_SERVING = "deploykit.targets.serving"
+SERVING = "deploykit.targets.serving"
 
 
 class IsolatedTarget:
@@ -71,19 +71,8 @@ class IsolatedTarget:
             raise UsageError(message)
         if here(self.environment):
             return self.load_inside(path, threads)
-        guest = Guest(self.environment, guest_command(self.environment, _SERVING), threads)
-        request = {
-            "do": "load",
-            "target": self.name,
-            "path": str(path.absolute()),
-            "threads": threads,
-        }
-        try:
-            runner = guest.ask_for("runner", request, timeout=_LOAD_SECONDS)
-        except BaseException:
-            guest.close()
-            raise
-        return _Remote(guest, runner)
+        guest = Guest(self.environment, guest_command(self.environment, SERVING), threads)
+        return GuestRunner(guest, self.name, str(path.absolute()), threads)
 
     def worker_command(self, module: str) -> tuple[str, ...]:
         """The argument list that runs one of our modules where the runtime is."""
@@ -124,11 +113,21 @@ def ask_target_kernels(target: str, path: str) -> dict[str, int]:
     return get_target(target).kernels(Path(path))
 
 
-class _Remote:
-    """A file loaded in the other process, which ends with this object."""
+class GuestRunner:
+    """A file loaded in another process, which ends with this object.
 
-    def __init__(self, guest: Guest, runner: int) -> None:
-        self._guest, self._runner = guest, runner
+    Raises:
+        DeploykitError: as ``Target.load``; the process has ended.
+    """
+
+    def __init__(self, guest: Guest, target: str, path: str, threads: int) -> None:
+        request = {"do": "load", "target": target, "path": path, "threads": threads}
+        self._guest = guest
+        try:
+            self._runner = guest.ask_for("runner", request, timeout=_LOAD_SECONDS)
+        except BaseException:
+            guest.close()
+            raise
 
     def __call__(self, images: FloatArray, /) -> FloatArray:
         batch = np.ascontiguousarray(images, dtype=np.float32)

@@ -16,8 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploykit.errors import MeasurementError, TargetMissingError, UsageError
-from deploykit.targets.child import WORKER, ask
-from deploykit.targets.device import allowed_cores, pick_cores
+from deploykit.targets.place import place_of
 from deploykit.targets.registry import get_target
 from deploykit.types import Measurement
 
@@ -68,16 +67,14 @@ def measure(
             f"{min_seconds:g}, {max_seconds:g} and {warmup_seconds:g}"
         )
         raise UsageError(message)
-    cores = allowed_cores()
-    if threads > len(cores):
-        message = f"{threads} threads wanted, but this process may run on {len(cores)} cores"
-        raise UsageError(message)
+    place = place_of(chosen)
     reason = chosen.available()
     if reason is not None:
         raise TargetMissingError(reason)
-    # a runtime with an environment of its own is measured by a process there
-    elsewhere = getattr(chosen, "worker_command", None)
-    command = WORKER if elsewhere is None else elsewhere("deploykit.targets.worker")
+    cores = place.allowed_cores()
+    if threads > len(cores):
+        message = f"{threads} threads wanted, but this process may run on {len(cores)} cores"
+        raise UsageError(message)
     report = progress or _unheard
     request: dict[str, Any] = {
         "mode": "time",
@@ -86,7 +83,7 @@ def measure(
         "batch": batch,
         "input_shape": list(input_shape),
         "threads": threads,
-        "cores": pick_cores(threads),
+        "cores": place.pick_cores(threads),
         "cores_available": len(cores),
         "min_samples": min_samples,
         "min_seconds": min_seconds,
@@ -94,18 +91,17 @@ def measure(
         "warmup_seconds": warmup_seconds,
         "seed": seed,
     }
-    timed = ask(
+    timed = place.ask(
         request,
         progress=lambda fraction, text: report(_TIMING_SHARE * fraction, text),
         silence_seconds=silence_seconds,
-        command=command,
     )
     memory = []
     for index, (name, _, _) in enumerate(artifacts):
         done = _TIMING_SHARE + (1 - _TIMING_SHARE) * index / len(artifacts)
         report(done, f"peak memory of {name}")
         alone = {**request, "mode": "memory", "artifacts": [request["artifacts"][index]]}
-        memory.append(ask(alone, silence_seconds=silence_seconds, command=command))
+        memory.append(place.ask(alone, silence_seconds=silence_seconds))
     report(1.0, "measured")
     return _assemble(target, artifacts, batch, timed, memory)
 

@@ -106,12 +106,16 @@ def register_target(name: str) -> Callable[[_T], _T]:
 
 
 def get_target(name: str) -> Target:
-    """The target called ``name``.
+    """The target called ``name``, which may be one on another device (``remote/address.py``).
 
     Raises:
         UsageError: no target has that name; the nearest names are given.
         TargetMissingError: another package offers the target but it cannot be imported.
     """
+    if name.startswith(("ssh:", "adb:")):
+        from deploykit.targets.remote.target import remote_target
+
+        return remote_target(name)
     if name not in _REGISTRY:
         if name in _own_names():
             importlib.import_module(f"{__package__}.{name.replace('-', '_')}")

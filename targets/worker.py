@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypedDict
+from typing import TYPE_CHECKING, Any, TextIO, TypedDict
 
 import numpy as np
 
@@ -25,13 +25,16 @@ from deploykit.errors import (
     one_line,
 )
 from deploykit.targets.device import Neighbours, describe, peak_rss_bytes, pin
+from deploykit.targets.ending import end_with
 from deploykit.targets.energy import Meter, NvmlMeter, energy_of_a_call, find_rapl
 from deploykit.targets.machine_state import read_state, throttled_between
 from deploykit.targets.nvml import Gpu, find_gpu
-from deploykit.targets.ending import end_with
 from deploykit.targets.registry import FloatArray, Runner, Target, get_target
 
-__all__ = ["Request", "main"]
+if TYPE_CHECKING:
+    from deploykit.targets.protocol import Series
+
+__all__ = ["Request", "main", "plain_series"]
 
 _MEMORY_RUNS = 3  # the first allocates; later ones may grow the arena once more
 
@@ -169,7 +172,7 @@ def _gpu(target: Target) -> tuple[Gpu | None, str]:
 
 
 def _time(request: Request, emit: Emit) -> dict[str, Any]:
-    from deploykit.targets.protocol import Series, Timing, discredit, run_protocol
+    from deploykit.targets.protocol import Timing, discredit, run_protocol
 
     pinned = pin(request["cores"])
     target = _usable(request)
@@ -216,30 +219,32 @@ def _time(request: Request, emit: Emit) -> dict[str, Any]:
         one["missing"] += [no_gpu] if no_gpu else []
     device = {**facts, "before": state, "after": later}
 
-    def plain(one: Series) -> dict[str, Any]:
-        ratio = one.ratio
-        return {
-            "samples": int(one.samples.size),
-            "p50_ms": one.p50.value,
-            "p50_low_ms": one.p50.low,
-            "p50_high_ms": one.p50.high,
-            "p90_ms": one.p90,
-            "p99_ms": one.p99,
-            "withheld": one.withheld,
-            "noisy": one.noisy,
-            "ratio_noisy": one.ratio_noisy,
-            "ratio": ratio and ratio.value,
-            "ratio_low": ratio and ratio.low,
-            "ratio_high": ratio and ratio.high,
-            "samples_ms": [round(sample, 6) for sample in one.samples.ravel().tolist()],
-            "warmup": {
-                "calls": one.warmup.calls,
-                "seconds": one.warmup.seconds,
-                "stable": one.warmup.stable,
-            },
-        }
+    return {"device": device, "measurements": [plain_series(one) for one in series]}
 
-    return {"device": device, "measurements": [plain(one) for one in series]}
+
+def plain_series(one: Series) -> dict[str, Any]:
+    """What was measured of one artefact, as JSON values."""
+    ratio = one.ratio
+    return {
+        "samples": int(one.samples.size),
+        "p50_ms": one.p50.value,
+        "p50_low_ms": one.p50.low,
+        "p50_high_ms": one.p50.high,
+        "p90_ms": one.p90,
+        "p99_ms": one.p99,
+        "withheld": one.withheld,
+        "noisy": one.noisy,
+        "ratio_noisy": one.ratio_noisy,
+        "ratio": ratio and ratio.value,
+        "ratio_low": ratio and ratio.low,
+        "ratio_high": ratio and ratio.high,
+        "samples_ms": [round(sample, 6) for sample in one.samples.ravel().tolist()],
+        "warmup": {
+            "calls": one.warmup.calls,
+            "seconds": one.warmup.seconds,
+            "stable": one.warmup.stable,
+        },
+    }
 
 
 def _calls(target: Target, request: Request) -> Sequence[Callable[[], FloatArray]]:

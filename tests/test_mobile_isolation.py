@@ -335,7 +335,7 @@ def test_measuring_starts_the_measuring_process_where_the_runtime_is(
         commands.append(command)
         raise DeploykitError("far enough")
 
-    monkeypatch.setattr("deploykit.targets.measure.ask", ask)
+    monkeypatch.setattr("deploykit.targets.place.ask", ask)
     path = tmp_path / "model.ncnn"
     path.mkdir()
     with pytest.raises(DeploykitError, match="far enough"):

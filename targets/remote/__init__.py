@@ -1,0 +1,1 @@
+"""Targets on other devices: the same files, loaded and timed there, over ssh or adb."""
