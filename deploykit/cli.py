@@ -41,6 +41,7 @@ from deploykit.cli_options import (
     print_json,
     resolved,
 )
+from deploykit.cli_profile import profile
 from deploykit.cli_prune import prune
 from deploykit.cli_sensitivity import sensitivity
 from deploykit.cli_split import split
@@ -138,6 +139,7 @@ def compress(
 app.command()(prune)
 app.command()(split)
 app.command()(sensitivity)
+app.command()(profile)
 
 
 @app.command("list")
