@@ -33,16 +33,9 @@ def profile(
     """Show where a file's time goes, layer by layer, and what is slower quantised."""
     from deploykit.profile import profile_source
     from deploykit.profile_table import profile_table
-    from deploykit.progress import Reporter
+    from deploykit.progress import Reporter, as_fractions
 
     with Reporter().step(f"profile on {target}", total=1.0) as advance:
-        seen = 0.0
-
-        def progress(fraction: float, _: str) -> None:
-            nonlocal seen
-            advance(max(fraction - seen, 0.0))
-            seen = max(fraction, seen)
-
         found, verdict = profile_source(
             source,
             target,
@@ -51,7 +44,7 @@ def profile(
             threads=threads or 1,
             batch=batch_size or 1,
             seconds=seconds,
-            progress=progress,
+            progress=as_fractions(advance),
         )
     console = Console(stderr=as_json, highlight=False)
     shown = found[-1]

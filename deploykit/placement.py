@@ -95,10 +95,18 @@ class Comparison:
 
 
 def compare_layers(
-    floats: Mapping[str, LayerCost], quantised: Mapping[str, LayerCost]
+    floats: Mapping[str, LayerCost],
+    quantised: Mapping[str, LayerCost],
+    only: Collection[str] | None = None,
 ) -> Comparison:
-    """Two files' layers side by side. Rounds are compared in pairs: they were taken in turns."""
+    """Two files' layers side by side. Rounds are compared in pairs: they were taken in turns.
+
+    Args:
+        only: layers that can be placed; all else is the rest.
+    """
     both = [name for name in quantised if name in floats and name != UNMAPPED]
+    if only is not None:
+        both = [name for name in both if name in only]
     return Comparison(
         layers=tuple(_delta(floats[name], quantised[name]) for name in both),
         float_rest_ms=sum(cost.ms for name, cost in floats.items() if name not in both),

@@ -110,7 +110,7 @@ def profile_source(
         target, files, size=size, batch=batch, threads=threads, seconds=seconds, seed=seed,
         progress=progress,
     )  # fmt: skip
-    return found, verdict_lines(*found, before) if len(found) == 2 else []
+    return found, verdict_lines(found[0], found[1], before) if len(found) == 2 else []
 
 
 def _of_run(report: Report, folder: Path, target: str) -> list[ProfiledFile]:
