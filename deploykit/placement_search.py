@@ -78,7 +78,11 @@ def search(
     tried = [best]
     additions = _wanted(best)
     while additions and len(tried) < rounds:
-        found = attempt(best.floats | frozenset(additions), best)
+        floats = best.floats | frozenset(additions)
+        if any(floats == one.floats for one in tried):
+            additions = additions[: len(additions) // 2]
+            continue
+        found = attempt(floats, best)
         tried.append(found)
         if found.better:
             best, additions = found, _wanted(found)
