@@ -31,8 +31,8 @@ from deploykit.export.parity import Reference, compare, make_reference
 from deploykit.export.registry import Exporter, Source, get_exporter, list_exporters
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.quantized import QuantizedModel
-from deploykit.pipeline import SYMMETRY
 from deploykit.quant.quantize import QuantizeOptions, quantize
+from deploykit.quantizing import SYMMETRY
 from deploykit.recipe import ModelSection, parse_bits
 from deploykit.targets.measure import measure
 from deploykit.targets.registry import get_target, list_targets

@@ -24,6 +24,7 @@ def options_to_recipe(
     compare: list[str] | None = None,
     preset: str | None = None,
     time_budget: float | None = None,
+    optimize_for: str | None = None,
     weights: str | Path | None = None,
     num_classes: int | None = None,
     img_size: int | None = None,
@@ -59,6 +60,7 @@ def options_to_recipe(
         ("quantize", "compare"): compare,
         ("quantize", "preset"): preset,
         ("quantize", "time_budget_s"): time_budget,
+        ("quantize", "optimize_for"): optimize_for,
         ("calibration", "data"): None if calib is None else str(calib),
         ("calibration", "images"): calib_images,
         ("evaluation", "data"): None if data is None else str(data),
@@ -108,10 +110,10 @@ def compress(
         overwrite: replace an earlier run's files in ``out``.
         quiet: no progress on standard error.
         **options: ``model``, ``bits``, ``algorithm``, ``compare``, ``preset``, ``time_budget``,
-            ``weights``, ``num_classes``, ``img_size``, ``calib``, ``calib_images``, ``data``,
-            ``targets``, ``formats``, ``prune``, ``tokens``, ``sparsity``, ``recover``,
-            ``recover_minutes``, ``threads``, ``batch_size``, ``max_drop``,
-            ``max_latency_ms``, ``seed``; as on the command line.
+            ``optimize_for``, ``weights``, ``num_classes``, ``img_size``, ``calib``,
+            ``calib_images``, ``data``, ``targets``, ``formats``, ``prune``, ``tokens``,
+            ``sparsity``, ``recover``, ``recover_minutes``, ``threads``, ``batch_size``,
+            ``max_drop``, ``max_latency_ms``, ``seed``; as on the command line.
 
     Returns:
         The report; its ``exit_code`` is what the command line would exit with (8 on untrained

@@ -42,6 +42,7 @@ from deploykit.cli_options import (
     print_json,
     resolved,
 )
+from deploykit.cli_profile import profile
 from deploykit.cli_prune import prune
 from deploykit.cli_sensitivity import sensitivity
 from deploykit.cli_split import split
@@ -78,6 +79,10 @@ def compress(
     time_budget: Annotated[
         float | None, typer.Option(help="Seconds quantising should take at most.")
     ] = None,
+    optimize_for: Annotated[
+        str | None,
+        typer.Option(help="Target: layers that are slower there quantised stay in float."),
+    ] = None,
     weights: Weights = None,
     recipe: RecipeFile = None,
     set_: Set = None,
@@ -106,6 +111,8 @@ def compress(
     """Compress, export, verify and measure a backbone."""
     from deploykit.api import options_to_recipe
 
+    if targets is None and recipe is None:
+        targets = optimize_for
     options = options_to_recipe(
         model=model,
         bits=bits,
@@ -113,6 +120,7 @@ def compress(
         compare=listed(compare),
         preset=preset,
         time_budget=time_budget,
+        optimize_for=optimize_for,
         weights=weights,
         num_classes=num_classes,
         img_size=img_size,
@@ -140,6 +148,7 @@ app.command()(prune)
 app.command()(split)
 app.command()(sensitivity)
 app.command()(bench)
+app.command()(profile)
 
 
 @app.command("list")

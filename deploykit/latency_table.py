@@ -22,13 +22,19 @@ from deploykit.quantize_options import quantize_options
 from deploykit.recipe import Recipe
 from deploykit.targets.profiler import layer_times
 
-__all__ = ["LatencyTable", "dump_latency_table", "load_latency_table", "measure_latency_table"]
+__all__ = [
+    "PLAIN",
+    "LatencyTable",
+    "dump_latency_table",
+    "load_latency_table",
+    "measure_latency_table",
+]
 
 LatencyTable = dict[str, dict[str, float]]
 """Layer to bits (``w8a8``, ``float``) to milliseconds."""
 
 _MAX_BYTES = 64_000_000
-_PLAIN: dict[str, object] = {
+PLAIN: dict[str, object] = {
     "preset": None,
     "time_budget_s": None,
     "rounding": "nearest",
@@ -100,7 +106,7 @@ def measure_latency_table(
                 graph_module, dynamic = captured.graph_module, captured.dynamic_batch
                 widths = [FLOAT_BITS] * len(layers)
             else:
-                section = recipe.quantize.model_copy(update={**_PLAIN, "bits": bits})
+                section = recipe.quantize.model_copy(update={**PLAIN, "bits": bits})
                 made = quantize(captured, quantize_options(section), lambda: [batch])
                 graph_module, dynamic = made.graph_module, made.dynamic_batch
                 widths = [FLOAT_BITS if p.is_float else p.bits for p in made.plans]

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -25,35 +25,37 @@ from deploykit.errors import DeploykitError, UsageError
 from deploykit.export.onnx import onnx_bytes
 from deploykit.export.registry import Exporter, Profile
 from deploykit.export.structure import STRUCTURE_NAME, TENSORS_NAME, model_bytes
-from deploykit.fsio import ensure_directory
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.classes import select_classes
 from deploykit.graph.macs import count_macs
-from deploykit.graph.quantized import FLOAT, QuantizedModel
+from deploykit.graph.quantized import QuantizedModel
 from deploykit.inputs import Inputs
+from deploykit.optimize_for import layer_profiles
+from deploykit.placement_search import Placement
 from deploykit.progress import Reporter
-from deploykit.quant.cache import TensorCache
 from deploykit.quant.nncf_algorithm import has_attention, import_nncf, nncf_onnx
-from deploykit.quant.options import PresetName
-from deploykit.quant.presets import DEFAULT_BUDGET_S, choose_preset, seconds_per_image
-from deploykit.quant.quantize import quantize
 from deploykit.quant.research_integer import replace_with_integer_ops
-from deploykit.quant.symmetry import Symmetry
-from deploykit.quantize_options import quantize_options
+from deploykit.quantizing import Quantizing
 from deploykit.recipe import Recipe
 from deploykit.recipe_io import dump_recipe
 from deploykit.report.model import OWN_ARTIFACTS, LayerError, Report
 from deploykit.report.write import write_report
 from deploykit.stages import Stage, Stages
+from deploykit.targets.profiling.kernels import get_reader
 from deploykit.targets.registry import Target
-from deploykit.types import STAGES, Artifact, Backbone, ParityRow, PassRecord
+from deploykit.types import (
+    STAGES,
+    Artifact,
+    Backbone,
+    LayerProfile,
+    ParityRow,
+    PassRecord,
+)
 from deploykit.verdict import judge
 from deploykit.verify import check_parity, measure_accuracy, measure_latency
 from deploykit.workspace import Workspace, open_workspace, output_folder
 
 __all__ = ["default_output", "run"]
-
-SYMMETRY: dict[Profile, Symmetry] = {"asymmetric": "none", "mixed": "matmul", "symmetric": "all"}
 
 
 def default_output(recipe: Recipe) -> Path:
@@ -85,6 +87,8 @@ def run(
     """
     started, clock = datetime.now(UTC), time.monotonic()
     targets = chosen_targets(recipe.targets)
+    if recipe.quantize.optimize_for is not None:
+        get_reader(recipe.quantize.optimize_for)
     exporters = chosen_exporters(recipe, targets)
     if recipe.quantize.uses_nncf:
         import_nncf()
@@ -139,70 +143,46 @@ class _Job:
         return self.stages[-1].model if self.stages else self.original
 
     @property
+    def steps(self) -> dict[str, CapturedModel]:
+        """The original's graph and those of the steps after it; ``source`` is the last."""
+        return {"original": self.original} | {stage.name: stage.model for stage in self.stages}
+
+    @property
     def floats(self) -> dict[str, CapturedModel]:
-        """The graphs of the float files, by the files' names; ``source`` is the last."""
-        found = {"original": self.original} | {stage.name: stage.model for stage in self.stages}
+        """The graphs of the float files, by the files' names; what is quantised comes last."""
+        found, placement = self.steps, self.placement
         if self.recipe.quantize.algorithm == "none":
             found["compressed"] = found.pop(self.stages[-1].name)
+        elif placement is not None and not placement.quantise:
+            found["compressed"] = found[placement.baseline]
         return found
 
     @cached_property
-    def quantized(self) -> dict[Profile, QuantizedModel]:
-        """The quantised graph of every profile the formats want; none where others quantise."""
-        section = self.recipe.quantize
-        if section.algorithm != "deploykit":
-            return {}
-        preset, reason = self.preset
-        self.reporter.note(f"preset: {preset} ({reason})")
-        record = PassRecord(name="preset", summary=f"{preset}: {reason}", details={})
-        wanted = dict.fromkeys(exporter.profile for exporter in self.exporters)
-        if section.widths.activations == FLOAT:
-            one = self._quantize("asymmetric", preset, record)
-            return dict.fromkeys(wanted, one)
-        return {profile: self._quantize(profile, preset, record) for profile in wanted}
+    def quantizing(self) -> Quantizing:
+        return Quantizing(
+            self.recipe, self.backbone, self.source, self.steps, self.inputs, self.workspace,
+            self.reporter, self.exporters, self.writer,
+        )  # fmt: skip
 
-    def _quantize(self, profile: Profile, preset: PresetName, record: PassRecord) -> QuantizedModel:
-        images, size = self.inputs.calibration, self.batch_size
-        options = quantize_options(self.recipe.quantize, self.recipe.seed, preset)
-        folder = ensure_directory(self.workspace.work / profile)
-        made = quantize(
-            self.source,
-            replace(options, symmetry=SYMMETRY[profile]),
-            lambda: images.batches(size),
-            images=images.count,
-            steps=self.reporter.step,
-            cache=TensorCache(folder, self.workspace.write, self.workspace.work),
-        )
-        return replace(made, records=(record, *made.records))
+    @property
+    def quantized(self) -> dict[Profile, QuantizedModel]:
+        """The quantised graph of every profile the formats want; none where others quantise, or
+        where the target is faster without."""
+        return self.quantizing.models
+
+    @property
+    def placement(self) -> Placement | None:
+        """What was decided for ``quantize.optimize_for``."""
+        return self.quantizing.placement
+
+    @cached_property
+    def writer(self) -> ArtifactWriter:
+        return ArtifactWriter(self.workspace, self.reporter, self.backbone, self.metadata)
 
     @property
     def main(self) -> QuantizedModel | None:
         """The quantised graph of the first target."""
         return next(iter(self.quantized.values()), None)
-
-    @property
-    def batch_size(self) -> int:
-        """Of calibration; 1 where the model fixes it."""
-        return self.recipe.calibration.batch_size if self.source.dynamic_batch else 1
-
-    @cached_property
-    def preset(self) -> tuple[PresetName, str]:
-        """The preset's name, and why it is that one; the same when a run is resumed."""
-        section, images = self.recipe.quantize, self.inputs.calibration
-        if section.preset is not None:
-            return section.preset, "as asked"
-        if not self.backbone.weights.trained:
-            return "fast", "no accuracy to win on untrained weights"
-        budget = section.time_budget_s or DEFAULT_BUDGET_S
-
-        def choose() -> list[str]:
-            batch = next(iter(images.batches(self.batch_size)))
-            forward = seconds_per_image(self.source, batch)
-            choice = choose_preset(*section.widths, forward, images.count, budget)
-            return [choice.name, choice.reason]
-
-        name, reason = self.workspace.cached("preset", choose)
-        return name, reason
 
     @cached_property
     def metadata(self) -> dict[str, str]:
@@ -219,7 +199,7 @@ class _Job:
     def made(self) -> tuple[list[Artifact], list[PassRecord], list[str]]:
         """The files, what was done to make them, and what the user should know of them."""
         section, main = self.recipe.quantize, self.main
-        writer = ArtifactWriter(self.workspace, self.reporter, self.backbone, self.metadata)
+        writer = self.writer
         records = [record for stage in self.stages for record in stage.records]
         warnings: list[str] = []
         artifacts: list[Artifact] = []
@@ -228,6 +208,8 @@ class _Job:
             others.insert(0, ("compressed", "model.onnx"))
         elif main is not None:
             records += main.records
+        if self.placement is not None:
+            records.append(self.placement.record())
         for exporter in self.exporters:
             for name, floats in self.floats.items():
                 # Steps on the way are there to be compared: one format is enough.
@@ -282,7 +264,7 @@ class _Job:
         def write() -> dict[str, object]:
             # A comparison is with what NNCF makes of the model as it came.
             captured = self.source if name == "compressed" else self.original
-            size = self.batch_size
+            size = self.quantizing.batch_size
             # NNCF starts from the same float file that everything is compared with.
             original = self.workspace.out / "original.onnx"
             if captured is self.original and original.exists():
@@ -314,7 +296,7 @@ class _Job:
         bits, quantized = self.recipe.evaluation.research_integer_ops, self.main
         if bits is None or quantized is None:
             return {}
-        images, size = self.inputs.calibration, self.batch_size
+        images, size = self.inputs.calibration, self.quantizing.batch_size
 
         def make() -> Callable[[Tensor], Tensor]:
             graph_module = copy.deepcopy(quantized.graph_module)
@@ -337,6 +319,11 @@ class _Job:
         measurements = measure_latency(
             recipe, self.workspace, self.reporter, self.backbone, artifacts, self.targets
         )
+        layer_times: list[LayerProfile] = []
+        if recipe.quantize.optimize_for is not None:
+            layer_times = layer_profiles(
+                recipe, self.workspace, self.reporter, artifacts, self.backbone.preprocessing.size
+            )
         module = self.backbone.module
         report = Report(
             deploykit_version=version(),
@@ -368,6 +355,7 @@ class _Job:
             ]
             if quantized is not None
             else [],
+            layer_times=layer_times,
             passes=records,
             environment=environment(),
             recipe=recipe.model_dump(mode="json"),

@@ -11,7 +11,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Reporter", "Steps", "silent"]
+__all__ = ["Reporter", "Steps", "as_fractions", "silent"]
 
 
 class Steps(Protocol):
@@ -29,6 +29,18 @@ def silent(
 ) -> Iterator[Callable[[float], None]]:
     """No progress."""
     yield lambda _: None
+
+
+def as_fractions(advance: Callable[[float], None]) -> Callable[[float, str], None]:
+    """What a measuring process calls with (share done so far, text), for a step of total 1."""
+    seen = 0.0
+
+    def progress(fraction: float, _: str) -> None:
+        nonlocal seen
+        advance(max(fraction - seen, 0.0))
+        seen = max(fraction, seen)
+
+    return progress
 
 
 class Reporter:

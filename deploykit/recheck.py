@@ -22,7 +22,7 @@ from deploykit.targets.device import allowed_cores
 from deploykit.targets.registry import Target, get_target, list_targets
 from deploykit.types import Artifact, ParityRow
 
-__all__ = ["verify_folder"]
+__all__ = ["artifact_here", "verify_folder"]
 
 _BATCHES = (1, 8)
 
@@ -53,7 +53,7 @@ def verify_folder(
     saved = load_model(folder / STRUCTURE_NAME)
     pool = calibration_images(data, saved.backbone, images, seed)
     pixels = torch.cat(list(pool.batches(pool.count)))
-    artifacts = [_here(artifact, folder) for artifact in report.artifacts]
+    artifacts = [artifact_here(artifact, folder) for artifact in report.artifacts]
     profile = get_exporter(report.compressed.format).profile
     ours = [
         a for a in artifacts if a.name == "compressed" and get_exporter(a.format).profile == profile
@@ -83,7 +83,7 @@ def verify_folder(
     return rows
 
 
-def _here(artifact: Artifact, folder: Path) -> Artifact:
+def artifact_here(artifact: Artifact, folder: Path) -> Artifact:
     """The artefact where the folder is now, if it is still the one that the report is about.
 
     Raises:

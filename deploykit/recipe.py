@@ -216,6 +216,13 @@ class QuantizeSection(Section):
         default={}, description="layer names (globs) with widths of their own: wNaM, or float"
     )
     float_layers: list[str] = Field(default=[], description="layer names (globs) left in float")
+    optimize_for: str | None = Field(
+        default=None,
+        description="a target: layers that are slower there quantised than in float stay in float",
+    )
+    optimize_rounds: int = Field(
+        default=4, ge=1, le=20, description="placements tried at most for optimize_for"
+    )
 
     @property
     def widths(self) -> Bits:
@@ -332,6 +339,13 @@ class Recipe(Section):
             raise ValueError(message)
         if self.gates.max_drop is not None and self.evaluation.data is None:
             message = "gates.max_drop needs labelled images: give evaluation.data (--data DIR)"
+            raise ValueError(message)
+        wanted = self.quantize.optimize_for
+        if wanted is not None and wanted not in self.targets:
+            message = (
+                f"quantize.optimize_for {wanted!r:.60} must be one of the targets "
+                f"({', '.join(self.targets)}): add it with --targets"
+            )
             raise ValueError(message)
         algorithm = self.quantize.algorithm
         if algorithm != "deploykit" and self.evaluation.simulation:

@@ -14,10 +14,18 @@ from deploykit.backbones.inspection import Inspection
 from deploykit.backbones.registry import BackboneSpec
 from deploykit.types import GateResult, ParityRow
 
-__all__ = ["backbones_table", "doctor_table", "gates_table", "parity_table", "print_inspection"]
+__all__ = [
+    "backbones_table",
+    "doctor_table",
+    "gates_table",
+    "new_table",
+    "parity_table",
+    "print_inspection",
+]
 
 
-def _table(*columns: str, right: Iterable[str] = ()) -> Table:
+def new_table(*columns: str, right: Iterable[str] = ()) -> Table:
+    """A table as all commands print them; the columns in ``right`` hold figures."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         side: Any = "right" if column in set(right) else "left"
@@ -27,7 +35,7 @@ def _table(*columns: str, right: Iterable[str] = ()) -> Table:
 
 def backbones_table(specs: Sequence[BackboneSpec]) -> Table:
     """Name, paper's name, size, input, licence of the weights."""
-    table = _table("name", "model", "params M", "input", "weights", right=("params M", "input"))
+    table = new_table("name", "model", "params M", "input", "weights", right=("params M", "input"))
     for spec in specs:
         cells = (
             spec.name,
@@ -42,7 +50,7 @@ def backbones_table(specs: Sequence[BackboneSpec]) -> Table:
 
 def parity_table(rows: Sequence[ParityRow]) -> Table:
     """Every comparison of a file with its graph."""
-    table = _table("file", "format", "runtime", "batch", "SQNR", "top-1", "", "wanted",
+    table = new_table("file", "format", "runtime", "batch", "SQNR", "top-1", "", "wanted",
                    right=("batch", "SQNR", "top-1"))  # fmt: skip
     for row in rows:
         cells = (
@@ -62,7 +70,7 @@ def parity_table(rows: Sequence[ParityRow]) -> Table:
 def print_inspection(found: Inspection, console: Console) -> None:
     """Everything ``deploykit inspect`` knows, in three short tables."""
     console.print(Text(f"{found.name}  ({found.family or 'own model'})", style="bold"))
-    facts = _table("fact", "value")
+    facts = new_table("fact", "value")
     prep = found.preprocessing
     for name, value in (
         ("parameters", f"{found.params:,}"),
@@ -75,7 +83,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
     ):  # fmt: skip
         facts.add_row(Text(name), Text(value))
     console.print(facts)
-    reach = _table("technique", "reaches", "of", "why not the rest", right=("reaches", "of"))
+    reach = new_table("technique", "reaches", "of", "why not the rest", right=("reaches", "of"))
     for technique, row in found.reach.items():
         cells = (technique, str(row["reaches"]), str(row["of"]), str(row["why"]))
         reach.add_row(*map(Text, cells))
@@ -88,7 +96,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
 
 def gates_table(gates: Sequence[GateResult]) -> Table:
     """One row a gate."""
-    table = _table("gate", "held", "reason")
+    table = new_table("gate", "held", "reason")
     for gate in gates:
         held = Text("yes", style="green") if gate.passed else Text("no", style="red")
         table.add_row(Text(gate.name), held, Text(gate.reason))
@@ -97,7 +105,7 @@ def gates_table(gates: Sequence[GateResult]) -> Table:
 
 def doctor_table(rows: Sequence[tuple[str, str | None]], environment: dict[str, Any]) -> Table:
     """Targets and what is missing for each, then the machine and the packages."""
-    table = _table("what", "state")
+    table = new_table("what", "state")
     for name, reason in rows:
         state = Text("ok", style="green") if reason is None else Text(reason, style="yellow")
         table.add_row(Text(f"target {name}"), state)

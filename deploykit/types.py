@@ -21,6 +21,8 @@ __all__ = [
     "Backbone",
     "DeviceDescription",
     "GateResult",
+    "LayerProfile",
+    "LayerTime",
     "MachineState",
     "Measurement",
     "ParityRow",
@@ -249,6 +251,29 @@ class Measurement(Data):
     def comparison_noisy(self) -> bool:
         """The ratio can't be used, though the median may be, or the other way round."""
         return self.noisy if self.ratio_noisy is None else self.ratio_noisy
+
+
+class LayerTime(Data):
+    """Time of one kernel of a file on a target, and the layer it was spent for."""
+
+    layer: str = Field(description="empty where the kernel can't be mapped to a layer")
+    kind: Literal["compute", "quantise", "reformat", "other"]
+    kernel: str = Field(description="the runtime's name for what ran")
+    op: str = Field(description="what it computes, in the runtime's words")
+    precision: str = Field(description="really run in: 'int8', 'float32', 'bfloat16' …")
+    ms: float = Field(description="of one call; a file's kernels add up to its total")
+    rounds_ms: list[float] = Field(default=[], description="ms in each round of the profile")
+    share: float = Field(description="of the file's total, 0..1")
+
+
+class LayerProfile(Data):
+    """Where one file's time goes on one target."""
+
+    artifact: str
+    format: str = "onnx"
+    target: str
+    total_ms: float = Field(description="median of unprofiled calls, to which times are scaled")
+    layers: list[LayerTime]
 
 
 class GateResult(Data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deploykit.errors import ExitCode
+from deploykit.placement_search import STEP_NAME
 from deploykit.recipe import GatesSection
 from deploykit.report.gates import evaluate_gates, failed_gates
 from deploykit.report.model import Report
@@ -32,6 +33,7 @@ def judge(report: Report, gates: GatesSection) -> Report:
     else:
         verdict = "ok"
         reasons += [_accuracy(report), *_latency(report)]
+    reasons += [record.summary for record in report.passes if record.name == STEP_NAME]
     if "synthetic" in report.calibration and report.weights.trained:
         reasons.append("calibrated on synthetic images: give --calib DIR")
     return report.model_copy(

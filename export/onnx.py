@@ -15,6 +15,7 @@ from torch import fx
 from deploykit.errors import DeploykitError, one_line
 from deploykit.export.onnx_exporters import to_onnx
 from deploykit.export.onnx_lowering import lowerings as own_lowerings
+from deploykit.export.onnx_names import name_layers
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
@@ -85,6 +86,7 @@ def lower_onnx(
 
     The input is ``image`` float32 (batch, 3, S, S), the output ``logits`` float32
     (batch, classes). Weight codes are int8 initialisers, or packed int4 where 4 bits hold them.
+    Convolutions and matrix products are named after the graph's layers.
 
     Args:
         signed: store grids around zero as int8 without a zero point, for runtimes that want it.
@@ -111,6 +113,7 @@ def lower_onnx(
     except Exception as error:  # the exporters raise many unrelated types
         message = f"{backbone.name} can't be exported to ONNX: {one_line(error)}"
         raise DeploykitError(message) from error
+    name_layers(model, graph_module)
     _pack_four_bit(model, _four_bit_names(graph_module))
     _check_batch(model, backbone, dynamic_batch)
     _strip(model)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from deploykit.graph.edit import is_op
+from deploykit.graph.layer_names import MOVES, is_softmax_output
 from deploykit.graph.quantized import FLOAT, LayerPlan
 from deploykit.quant.attention_grid import fold_values, value_watches
 from deploykit.quant.cache import TensorCache
@@ -18,7 +19,7 @@ from deploykit.quant.folds.norm import NormGroup, apply_norm_fold, find_norm_gro
 from deploykit.quant.insert import OUTPUT_BITS, activation_of, needs_output_quantizer
 from deploykit.quant.observers import Histogram, Watch, collect_histograms, sample_rows
 from deploykit.quant.options import QuantizeOptions
-from deploykit.quant.plan import MOVES, is_gelu_output, is_softmax_output
+from deploykit.quant.plan import is_gelu_output
 from deploykit.quant.quantizers import get_quantizer
 from deploykit.quant.quantizers.registry import FittedQuantizer
 from deploykit.quant.quantizers.uniform import UniformQuantizer

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from deploykit.graph.edit import add_tensor, clean, constant, is_op
+from deploykit.graph.layer_names import MOVES
 from deploykit.graph.quantized import FLOAT, LayerPlan
-from deploykit.quant.plan import MOVES
 from deploykit.quant.quantizers.registry import FittedQuantizer
 from deploykit.quant.quantizers.uniform import UniformQuantizer
 from deploykit.quant.weights import QuantizedWeight, quantize_bias
@@ -208,11 +208,13 @@ def _write_weight(
     if not as_matmul:
         bias_node = _write_bias(graph_module, node, plan, weight, input_scale, done)
     if as_matmul:
+        meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
         with graph.inserting_before(node):
             result = graph.call_function(aten.matmul.default, (node.args[0], weight_node))
+            result.meta = dict(meta)
             if bias_node is not None:
                 result = graph.call_function(aten.add.Tensor, (result, bias_node))
-        result.meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
+                result.meta = dict(meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
         return

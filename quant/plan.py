@@ -11,22 +11,18 @@ from torch import fx
 
 from deploykit.errors import UsageError
 from deploykit.graph.edit import constant, is_kept_float, is_op, layer_name
+from deploykit.graph.layer_names import (
+    LAYER_OPS,
+    MOVES,
+    PRODUCT_OPS,
+    is_softmax_output,
+    product_name,
+)
 from deploykit.graph.quantized import FLOAT, LayerPlan
 
 __all__ = ["is_gelu_output", "is_softmax_output", "plan_layers"]
 
 aten = torch.ops.aten
-
-LAYER_OPS = (aten.conv2d.default, aten.conv2d.padding, aten.linear.default)
-MATMUL_OPS = (aten.matmul.default, aten.bmm.default)
-MOVES = (
-    aten.transpose.int,
-    aten.permute.default,
-    aten.reshape.default,
-    aten.view.default,
-    aten.expand.default,
-    aten.flatten.using_ints,
-)
 
 
 def plan_layers(
@@ -74,13 +70,13 @@ def plan_layers(
                 notes.append(f"the image keeps {edge_bits} bits")
             plan = LayerPlan(node.name, name, op, weights, inputs, note="; ".join(notes))
         elif (
-            is_op(node, *MATMUL_OPS)
+            is_op(node, *PRODUCT_OPS)
             and not is_kept_float(node)
             and all(isinstance(arg, fx.Node) and arg.op != "get_attr" for arg in node.args[:2])
         ):
             softmax = any(is_softmax_output(arg) for arg in node.args[:2])
-            suffix = "attention_value" if softmax else node.name
-            plan = LayerPlan(node.name, f"{name}.{suffix}", "matmul", None, input_bits, softmax)
+            name = product_name(node)
+            plan = LayerPlan(node.name, name, "matmul", None, input_bits, softmax)
         else:
             continue
         rules = [(glob, "float") for glob in float_layers] + list(layer_bits)
@@ -109,14 +105,6 @@ def _asked(plan: LayerPlan, glob: str, bits: str) -> LayerPlan:
         input_bits=inputs,
         note=note,
     )
-
-
-def is_softmax_output(node: object) -> bool:
-    """Whether a node's values are those of a softmax, perhaps transposed or reshaped."""
-    while is_op(node, *MOVES):
-        assert isinstance(node, fx.Node)
-        node = node.args[0]
-    return is_op(node, aten.softmax.int, aten._softmax.default)
 
 
 def is_gelu_output(node: object) -> bool:
@@ -156,7 +144,7 @@ def _reach(start, step) -> set[fx.Node]:  # type: ignore[no-untyped-def]
             if node in seen or is_op(node, aten.sym_size.int):  # a size is no layer's input
                 continue
             seen.add(node)
-            if is_op(node, *LAYER_OPS, *MATMUL_OPS):
+            if is_op(node, *LAYER_OPS, *PRODUCT_OPS):
                 found.add(node)
             else:
                 todo.append(node)

@@ -98,7 +98,7 @@ class CudaTensorrt:
             reason = first_error(logger.messages, "no reason given")
             message = f"{path}: {library.__name__} cannot run it: {reason}"
             raise UsageError(message)
-        return _Context(context, engine, kept, inputs[0], outputs[0], path)
+        return _Context(context, engine, kept, inputs[0], outputs[0], path, library)
 
 
 class _Context:
@@ -110,13 +110,14 @@ class _Context:
         source: str,
         result: str,
         path: Path,
+        library: Any,
     ) -> None:
         torch = _torch()
         self._context = context
         self._engine = engine  # the context doesn't keep it alive
         self._runtime, self._logger = kept
         self._input, self._output = source, result
-        self._path = path
+        self._path, self._library = path, library
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream(self._device)
         self._image: Any = None
@@ -138,6 +139,16 @@ class _Context:
             message = f"{self._path}: TensorRT failed on {images.shape}: {one_line(error)}"
             raise MeasurementError(message) from error
         return np.asarray(logits.numpy(), dtype=np.float32)
+
+    def inspected(self) -> tuple[Any, dict[str, Any]]:
+        """The library, and the inspector's account of the engine."""
+        inspector = self._engine.create_engine_inspector()
+        text = inspector.get_engine_information(self._library.LayerInformationFormat.JSON)
+        return self._library, dict(json.loads(text))
+
+    def profile_with(self, profiler: Any) -> None:
+        """Tell a profiler (``IProfiler``) the time of every layer of the calls that follow."""
+        self._context.profiler = profiler
 
     def _bind(self, shape: tuple[int, ...]) -> None:
         """Buffers for images of this shape; their addresses hold until the next shape."""

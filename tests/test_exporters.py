@@ -16,8 +16,8 @@ from deploykit.export.parity import compare, make_reference
 from deploykit.export.registry import Source, get_exporter, list_exporters
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.quantized import QuantizedModel
-from deploykit.pipeline import SYMMETRY
 from deploykit.quant.quantize import QuantizeOptions, quantize
+from deploykit.quantizing import SYMMETRY
 from deploykit.targets.registry import get_target, list_targets
 from deploykit.types import Artifact
 from tests.graphs import captured, images

@@ -13,6 +13,7 @@ from deploykit.quant.plan import plan_layers
 from deploykit.quant.quantize import QuantizeOptions, quantize
 from deploykit.targets import profiler
 from deploykit.targets.profiler import layer_times
+from deploykit.targets.profiling.profile import FileProfile, KernelTime
 from tests.graphs import SIZE, batches, captured, tiny_cnn, tiny_vit
 
 SHAPE = (3, SIZE, SIZE)
@@ -33,45 +34,50 @@ def test_every_layer_gets_a_time(module: nn.Module, bits: int, tmp_path: Path) -
     assert min(times.values()) > 0
 
 
-def fake_answer(
+def fake_profile(
     monkeypatch: pytest.MonkeyPatch, kernels: list[tuple[str, str, float]], total: float
 ) -> None:
-    def ask(*_: object, **__: object) -> dict[str, object]:
-        return {"total_ms": total, "kernels": kernels}
+    """An answer of kernels (owner, kind, ms), all times half of what they are in real calls."""
 
-    monkeypatch.setattr(profiler, "ask", ask)
+    def ask(path: Path) -> FileProfile:
+        times = [KernelTime(o, o, f"k{i}", "op", kind, "float32", (ms, ms))
+                 for i, (o, kind, ms) in enumerate(kernels)]  # fmt: skip
+        return FileProfile(path, (total, total), tuple(times))
+
+    monkeypatch.setattr(profiler, "profile_files", lambda _, paths, **__: [ask(paths[0])])
 
 
-def test_kernels_between_layers_count_for_the_next_and_all_add_up(
+LAYERS = ["stem", "depthwise", "narrow", "wide", "head"]
+
+
+def cnn_file(folder: Path) -> Path:
+    model = captured(tiny_cnn())
+    path = folder / "model.onnx"
+    path.write_bytes(onnx_bytes(model.graph_module, model.backbone))
+    return path
+
+
+def test_what_works_for_a_layer_counts_for_it_and_all_add_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names as ONNX Runtime gives them: after the output value, decorated, or of its own making."""
-    model = captured(tiny_cnn())
-    path = tmp_path / "model.onnx"
-    path.write_bytes(onnx_bytes(model.graph_module, model.backbone))
     kernels = [
-        ("Transpose", "Transpose", 1.0),
-        ("relu_nchwc", "Conv", 2.0),
-        ("node_Conv_34_token_3", "QLinearConv", 3.0),
-        ("some_name", "FusedConv", 4.0),
-        ("relu_2_nchwc", "Conv", 5.0),
-        ("node_mean", "ReduceMean", 6.0),
-        ("node_linear/MatMulFusion", "FusedGemm", 7.0),
-        ("cast", "Cast", 2.0),
+        ("stem", "reformat", 1.0),
+        ("stem", "compute", 2.0),
+        ("depthwise", "compute", 3.0),
+        ("narrow", "compute", 4.0),
+        ("wide", "compute", 5.0),
+        ("head", "other", 6.0),
+        ("head", "compute", 7.0),
+        ("head", "other", 2.0),
     ]
-    fake_answer(monkeypatch, kernels, total=60.0)
-    layers = ["stem", "depthwise", "narrow", "wide", "head"]
-    times = layer_times(path, layers, input_shape=SHAPE)
-    assert times == pytest.approx({"stem": 6, "depthwise": 6, "narrow": 8, "wide": 10, "head": 30})
+    fake_profile(monkeypatch, kernels, total=60.0)
+    times = layer_times(cnn_file(tmp_path), ["a", "b", "c", "d", "a"], input_shape=SHAPE)
+    assert times == pytest.approx({"a": 36, "b": 6, "c": 8, "d": 10})
 
 
 def test_layers_the_runtime_merged_are_an_error_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = captured(tiny_cnn())
-    path = tmp_path / "model.onnx"
-    path.write_bytes(onnx_bytes(model.graph_module, model.backbone))
-    fake_answer(monkeypatch, [("all", "Attention", 1.0)], total=1.0)
-    layers = ["stem", "depthwise", "narrow", "wide", "head"]
+    fake_profile(monkeypatch, [("", "compute", 1.0)], total=1.0)
     with pytest.raises(UsageError, match=r"5 layers planned, 5 .* 1 computing kernels.*--latency"):
-        layer_times(path, layers, input_shape=SHAPE)
+        layer_times(cnn_file(tmp_path), LAYERS, input_shape=SHAPE)

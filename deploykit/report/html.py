@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from deploykit._recipe_yaml import dump_yaml
 from deploykit.report import plots, view, wording
+from deploykit.report.layers import layer_tables
 from deploykit.report.model import Report
 from deploykit.report.steps import step_plots
 
@@ -43,6 +44,7 @@ def render_html(report: Report) -> str:
         pictures=[(Markup(p.svg), p.caption) for p in pictures if p],  # noqa: S704
         layer_picture=_layer_picture(report),
         worst=view.worst_layers(report),
+        layer_tables=layer_tables(report),
         recipe=dump_yaml(report.recipe),
         environment=view.flatten(report.environment),
         flatten=view.flatten,

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from deploykit.report import view, wording
 from deploykit.report.html import VERDICTS
+from deploykit.report.layers import layer_tables
 from deploykit.report.model import Report
 
 __all__ = ["render_markdown"]
@@ -26,6 +27,7 @@ def render_markdown(report: Report) -> str:
         rows=view.rows(report),
         accuracies=report.accuracy if report.weights.trained else [],
         worst=view.worst_layers(report, 5),
+        layer_tables=layer_tables(report, 8),
         missed=[row for row in report.parity if not row.passed],
         words=wording,
     )

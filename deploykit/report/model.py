@@ -21,6 +21,7 @@ from deploykit.types import (
     Artifact,
     Data,
     GateResult,
+    LayerProfile,
     Measurement,
     ParityRow,
     PassRecord,
@@ -75,6 +76,7 @@ class Report(Data):
     measurements: list[Measurement] = Field(default_factory=list)
     gates: list[GateResult] = Field(default_factory=list)
     layers: list[LayerError] = Field(default_factory=list)
+    layer_times: list[LayerProfile] = Field(default_factory=list)
     passes: list[PassRecord] = Field(default_factory=list)
     environment: dict[str, Any]
     recipe: dict[str, Any]

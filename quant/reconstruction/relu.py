@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from deploykit.graph.edit import add_tensor, constant, is_op, layer_name
 from deploykit.graph.execute import Executor, Hook, call
+from deploykit.graph.layer_names import LAYER_OPS, MOVES
 from deploykit.graph.units import Unit, split_units
-from deploykit.quant.plan import LAYER_OPS, MOVES
 from deploykit.types import PassRecord
 
 __all__ = ["ReluOptions", "replace_gelu"]

@@ -1,0 +1,1 @@
+"""Where a file's time goes, kernel by kernel: one reader for each runtime's own profiler."""
