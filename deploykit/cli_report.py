@@ -46,7 +46,9 @@ def report_(
         sys.stdout.write(schema_text())
         return 0
     if not sources:
-        raise UsageError("wanted a report.json or its folder, got none; see deploykit report --help")
+        raise UsageError(
+            "wanted a report.json or its folder, got none; see deploykit report --help"
+        )
     reports = [(str(source), load_report(source)) for source in sources]
     if csv is not None:
         atomic_write_text(csv, csv_text(reports))
@@ -56,7 +58,19 @@ def report_(
         atomic_write_text(junit, junit_text(runs))
     console = Console(highlight=False)
     if len(reports) > 1:
-        return _show_matrix(reports, out, markdown, as_json, console)
+        from deploykit.report import matrix_page
+        from deploykit.report.matrix import build_matrix
+
+        matrix = build_matrix(reports)
+        if out is not None:
+            matrix_page.write_matrix(matrix, reports, out)
+        if as_json:
+            print_json(matrix.to_json())
+        elif markdown:
+            sys.stdout.write(matrix_page.render_matrix_markdown(matrix))
+        else:
+            matrix_page.print_matrix(matrix, console, out)
+        return 0
     found = reports[0][1]
     if out is not None:
         write_report(found, out)

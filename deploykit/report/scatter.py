@@ -14,11 +14,11 @@ from deploykit.report.model import Report
 from deploykit.report.plots import INK, PAPER, WIDTH, Plot, draw, plain_log_axis, series_style
 from deploykit.report.points import Point, front, points
 
-__all__ = ["Dot", "Key", "scatter_of", "scatter_plot"]
+__all__ = ["MARKS", "Dot", "Key", "dot", "scatter_of", "scatter_plot"]
 
 _LARGEST_AREA = 380.0  # square points
 _SMALLEST_AREA = 14.0
-_MARKS = "osD^vP*X"
+MARKS = "osD^vP*X"
 
 
 class Key(NamedTuple):
@@ -70,38 +70,52 @@ def scatter_plot(report: Report) -> Plot | None:
     several = len(targets) > 1
     dots = []
     for point in timed:
-        mark = _MARKS[targets.index(point.target) % len(_MARKS)]
+        mark = MARKS[targets.index(point.target) % len(MARKS)]
         key = Key(point.target if several else "", colours[point.artifact.name][0], mark)
         dots.append(dot(point, point.label, key))
     return scatter_of("scatter", [d for d in dots if d], [
-        Key(target, INK, _MARKS[i % len(_MARKS)]) for i, target in enumerate(targets) if several
+        Key(target, INK, MARKS[i % len(MARKS)]) for i, target in enumerate(targets) if several
     ])  # fmt: skip
 
 
-def scatter_of(key: str, dots: Sequence[Dot], legend: Sequence[Key]) -> Plot | None:
-    """Draw the marks; without any accuracy, size against latency. None below two marks."""
+def scatter_of(
+    key: str, dots: Sequence[Dot], legend: Sequence[Key], *, comparable: bool = True
+) -> Plot | None:
+    """Draw the marks; without any accuracy, size against latency. None below two marks.
+
+    Args:
+        comparable: the accuracies are of the same images; else no front is drawn.
+    """
     rated = [d for d in dots if d.top1 is not None]
     shown = rated or list(dots)
     if len(shown) < 2:
         return None
     if rated:
-        caption = (
-            "Top-1 against latency: up and left is better; a mark's area is the file's size"
-        )
+        caption = "Top-1 against latency: up and left is better; a mark's area is the file's size"
         left_out = len(dots) - len(rated)
         if left_out:
             caption += f"; {left_out} without an accuracy {'is' if left_out == 1 else 'are'} absent"
     else:
         caption = "No accuracy is known, so this is size against latency: down and left is better"
-    caption += "; the dashed line is the Pareto front"
+    best = _best(shown, bool(rated)) if comparable or not rated else []
+    if len(best) > 1:
+        caption += "; the dashed line is the Pareto front"
+    elif best:
+        caption += "; one file beats or equals all others in both"
+    else:
+        caption += "; no front is drawn, as the figures can't be compared"
     if any(d.noisy for d in shown):
-        caption += "; hollow marks are too noisy to be on it"
+        caption += "; hollow marks are too noisy to count"
     height = 3.0 + 0.17 * len(legend)
-    return draw(key, caption, height, _painter(shown, legend, bool(rated), height))
+    return draw(key, caption, height, _painter(shown, legend, bool(rated), height, best))
 
 
 def _painter(
-    dots: Sequence[Dot], legend: Sequence[Key], rated: bool, height: float
+    dots: Sequence[Dot],
+    legend: Sequence[Key],
+    rated: bool,
+    height: float,
+    best: Sequence[tuple[float, float]],
 ) -> Callable[[Axes], None]:
     heights = [_y(d, rated) for d in dots]
     largest = max(d.megabytes for d in dots) or 1.0
@@ -118,8 +132,12 @@ def _painter(
                 [d.ms], [y], s=area, marker=d.key.mark, linewidths=1.5, edgecolors=d.key.colour,
                 facecolors=PAPER if d.noisy else d.key.colour, alpha=0.75, zorder=3,
             )  # fmt: skip
-        _draw_front(axes, dots, heights, rated)
-        axes.set_xlabel("median latency, ms" + (", log scale" if axes.get_xscale() == "log" else ""))
+        if len(best) > 1:
+            axes.step(*zip(*best, strict=True), where="post", color=INK, linewidth=1,
+                      linestyle="--", alpha=0.6, zorder=2)  # fmt: skip
+        axes.set_xlabel(
+            "median latency, ms" + (", log scale" if axes.get_xscale() == "log" else "")
+        )
         axes.set_ylabel("top-1, %" if rated else "size, MB")
         axes.grid()
         axes.margins(x=0.18, y=0.18)
@@ -142,25 +160,22 @@ def _y(d: Dot, rated: bool) -> float:
     return d.top1 if rated and d.top1 is not None else d.megabytes
 
 
-def _draw_front(axes: Axes, dots: Sequence[Dot], heights: Sequence[float], rated: bool) -> None:
-    quiet = [
-        (d.ms, -y if rated else y) for d, y in zip(dots, heights, strict=True) if not d.noisy
-    ]
-    best = sorted(quiet[i] for i in front(quiet))
-    if len(best) > 1:
-        xs, ys = zip(*best, strict=True)
-        shown = [-y if rated else y for y in ys]
-        axes.step(xs, shown, where="post", color=INK, linewidth=1, linestyle="--", alpha=0.6,
-                  zorder=2)  # fmt: skip
+def _best(dots: Sequence[Dot], rated: bool) -> list[tuple[float, float]]:
+    """The front from left to right, as it is drawn; equal figures are one corner."""
+    sign = -1 if rated else 1  # more accuracy is better, more bytes are not
+    costs = [(d.ms, sign * _y(d, rated)) for d in dots if not d.noisy]
+    corners = sorted({costs[i] for i in front(costs)})
+    return [(ms, sign * cost) for ms, cost in corners]
 
 
-def _write_labels(
-    axes: Axes, dots: Sequence[Dot], heights: Sequence[float], inches: float
-) -> None:
+def _write_labels(axes: Axes, dots: Sequence[Dot], heights: Sequence[float], inches: float) -> None:
     """Names beside the marks, each moved down (or up) until it covers no other."""
     wide, tall = WIDTH * 72 * 0.82, inches * 72 * 0.72  # about what the axes have, in points
     to_axes = axes.transData + axes.transAxes.inverted()
-    places = [to_axes.transform((d.ms, y)) * (wide, tall) for d, y in zip(dots, heights, strict=True)]
+    places = [
+        to_axes.transform((d.ms, y)) * (wide, tall) for d, y in zip(dots, heights, strict=True)
+    ]
+    line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.6}
     # Left, right, lower and upper edge of what may not be covered: the marks, then the labels.
     taken = [_box(x, y, 7.0, 7.0) for x, y in places]
     for index in sorted(range(len(dots)), key=lambda i: -places[i][1]):
@@ -178,7 +193,7 @@ def _write_labels(
             text, (dots[index].ms, heights[index]), xytext=(9 if to_right else -9, shift),
             textcoords="offset points", va="center", ha="left" if to_right else "right",
             fontsize=8.5, zorder=4,
-            arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "alpha": 0.6} if abs(shift) > 15 else None,
+            arrowprops=line if abs(shift) > 15 else None,
         )  # fmt: skip
 
 

@@ -1,0 +1,151 @@
+"""The matrix of several reports for people: HTML, Markdown, a table in the terminal, files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from deploykit.fsio import atomic_write_text, ensure_directory
+from deploykit.report import wording
+from deploykit.report.html import markup, page_template
+from deploykit.report.markdown import markdown_template
+from deploykit.report.matrix import Cell, Column, Matrix
+from deploykit.report.model import Report
+from deploykit.report.plots import AFTER, BEFORE, FOURTH, INK, THIRD, Plot
+from deploykit.report.scatter import MARKS, Dot, Key, scatter_of
+from deploykit.report.spreadsheet import csv_text
+from deploykit.report.terminal import say
+
+__all__ = ["print_matrix", "render_matrix_html", "render_matrix_markdown", "write_matrix"]
+
+_COLOURS = (AFTER, THIRD, FOURTH, BEFORE, INK)
+
+
+def render_matrix_html(matrix: Matrix) -> str:
+    """One self-contained page; every text in it is escaped."""
+    return page_template("matrix.html.j2").render(
+        matrix=matrix, pictures=markup([_scatter(matrix)]), column=column_text, words=wording,
+        time=time_text, beside=beside_text, cost=cost_text,
+    )  # fmt: skip
+
+
+def render_matrix_markdown(matrix: Matrix) -> str:
+    """One table and the notes, for a pull request."""
+    return markdown_template("matrix.md.j2").render(
+        matrix=matrix, column=column_text, cell_text=partial(_line, matrix)
+    )
+
+
+def write_matrix(matrix: Matrix, reports: Sequence[tuple[str, Report]], out: Path) -> None:
+    """Write matrix.html, .md, .csv and .json, each whole or not at all, the last one last.
+
+    Raises:
+        UsageError: the folder cannot be made or written.
+    """
+    files = {
+        "matrix.html": render_matrix_html(matrix),
+        "matrix.md": render_matrix_markdown(matrix),
+        "matrix.csv": csv_text(reports),
+        "matrix.json": matrix.to_json(),
+    }
+    folder = ensure_directory(out)
+    for name, text in files.items():
+        atomic_write_text(folder / name, text)
+
+
+def print_matrix(matrix: Matrix, console: Console, out: Path | None = None) -> None:
+    """The table, what can't be compared, which report is which number."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("file", overflow="fold")
+    for column in matrix.columns:
+        table.add_column(Text(column_text(column)), overflow="fold")
+    for index, row in enumerate(matrix.rows):
+        cells = [
+            "\n".join(_line(matrix, cell) for cell in matrix.at(index, place)) or "–"
+            for place in range(len(matrix.columns))
+        ]
+        table.add_row(*(Text(wording.clean_lines(t)) for t in (wording.clean(row.label), *cells)))
+    console.print(table)
+    say(console, "★: nothing measured in the same column is better in all of accuracy, time, size")
+    for number, source in enumerate(matrix.sources, 1):
+        say(console, f"[{number}] {source.path}: {source.model} {source.bits}, {source.verdict}")
+    for note in matrix.notes:
+        say(console, f"Note: {note}", "yellow")
+    if out is not None:
+        say(console, f"matrix: {out / 'matrix.html'}")
+
+
+def column_text(column: Column) -> str:
+    """``cpu-openvino on AMD EPYC, batch 1, 2 threads``."""
+    if not column.target:
+        return "not timed"
+    threads = f"{column.threads} thread{'s' if column.threads != 1 else ''}"
+    return wording.clean(f"{column.target} on {column.device}, batch {column.batch}, {threads}")
+
+
+def time_text(cell: Cell) -> str:
+    """``4.41 ms``, or that it wasn't timed."""
+    return "not timed" if cell.p50_ms is None else f"{wording.ms(cell.p50_ms)} ms"
+
+
+def beside_text(cell: Cell) -> str:
+    """``2.36× faster`` than the original, or empty."""
+    if cell.noisy:
+        return "too noisy"
+    if cell.ratio is None or cell.ratio <= 0:
+        return ""
+    low, high = cell.ratio_low, cell.ratio_high
+    if low is not None and high is not None and low <= 1 <= high:
+        return "no clear change"
+    return f"{1 / cell.ratio:.2f}× faster" if cell.ratio < 1 else f"{cell.ratio:.2f}× slower"
+
+
+def cost_text(cell: Cell) -> str:
+    """``79.05 % (−0.35), 9.12 MB``."""
+    top1 = wording.percent(cell.top1) if cell.top1 is not None else "no accuracy"
+    if cell.drop is not None:
+        top1 += f" ({wording.change(-cell.drop)})"
+    return f"{top1}, {wording.bytes_text(cell.bytes)}"
+
+
+def _line(matrix: Matrix, cell: Cell) -> str:
+    parts = [time_text(cell), beside_text(cell), cost_text(cell), "★" if cell.best else ""]
+    number = f" [{cell.source + 1}]" if len(matrix.sources) > 1 else ""
+    return ", ".join(part for part in parts if part) + number
+
+
+def _scatter(matrix: Matrix) -> Plot | None:
+    """Every timed cell, a colour and mark for each column."""
+    timed = [index for index, column in enumerate(matrix.columns) if column.target]
+    keys = {
+        index: Key(column_text(matrix.columns[index]), _COLOURS[i % 5], MARKS[i % len(MARKS)])
+        for i, index in enumerate(timed)
+    }
+    one_model = len({row.model for row in matrix.rows}) == 1
+    dots = []
+    for cell in matrix.cells:
+        if cell.column not in keys or cell.p50_ms is None or cell.p50_ms <= 0:
+            continue
+        row = matrix.rows[cell.row]
+        label = row.label.removeprefix(f"{row.model} ") if one_model else row.label
+        between = (cell.p50_low_ms or cell.p50_ms, cell.p50_high_ms or cell.p50_ms)
+        dots.append(Dot(
+            label, keys[cell.column], cell.p50_ms, between, cell.top1, _interval(cell),
+            cell.bytes / 1e6, cell.noisy,
+        ))  # fmt: skip
+    return scatter_of("matrix", dots, list(keys.values()), comparable=matrix.comparable)
+
+
+def _interval(cell: Cell) -> tuple[float, float] | None:
+    if None in (cell.top1, cell.drop, cell.drop_low, cell.drop_high):
+        return None
+    assert cell.top1 is not None and cell.drop is not None
+    assert cell.drop_low is not None and cell.drop_high is not None
+    before = cell.top1 + cell.drop
+    return before - cell.drop_high, before - cell.drop_low
