@@ -12,6 +12,8 @@ from deploykit.report.plots import AFTER, BAD, BEFORE, SOFT, Plot, draw
 
 __all__ = ["Gain", "gains", "gains_plot"]
 
+_SAME = 0.005  # a difference that rounds away
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -54,7 +56,7 @@ def gains_plot(report: Report) -> Plot | None:
         places = range(len(found))
         longest = max(100.0, *(g.percent for g in found))
         axes.barh(places, [100] * len(found), color=SOFT, height=0.62)
-        colours = [BAD if g.percent > 100 else AFTER for g in found]
+        colours = [BAD if g.percent > 100 * (1 + _SAME) else AFTER for g in found]
         axes.barh(places, [g.percent for g in found], color=colours, height=0.62)
         axes.axvline(100, color=BEFORE, linewidth=1.2)
         for place, gain in zip(places, found, strict=True):
@@ -79,4 +81,6 @@ def gains_plot(report: Report) -> Plot | None:
 def _gain(label: str, after: int, before: int) -> Gain:
     ratio = before / after if after else 0.0
     said = f"{ratio:.2f}× smaller" if ratio >= 1 else f"{after / before:.2f}× larger"
+    if abs(after - before) < _SAME * before:
+        said = "about the same"
     return Gain(label, 100 * after / before, None, said)

@@ -66,7 +66,8 @@ def _gate_case(model: str, gate: GateResult) -> ET.Element:
 
 
 def _parity_case(model: str, row: ParityRow) -> ET.Element:
-    name = f"{row.artifact} {row.format} {row.precision} on {row.runtime}, batch {row.batch}"
+    what = " ".join(filter(None, (row.artifact, row.format, row.precision)))
+    name = f"{what} on {row.runtime}, batch {row.batch}"
     case = ET.Element("testcase", classname=f"{model}.parity", name=clean(name))
     said = clean(
         f"against {row.reference}: SQNR {sqnr(row.sqnr_db)}, max {row.max_abs:.3g}, "

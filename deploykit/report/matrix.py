@@ -115,26 +115,24 @@ def build_matrix(reports: Sequence[tuple[str, Report]]) -> Matrix:
         if different.setdefault(report.to_json(), (path, report))[0] != path:
             repeated.append(f"{path} is the same report as {different[report.to_json()][0]}")
     kept = list(different.values())
-    rows: dict[tuple[str, ...], Row] = {}
-    columns: dict[tuple[object, ...], Column] = {}
-    recipes: dict[str, Report] = {}
-    cells: list[Cell] = []
-    for index, (_, report) in enumerate(kept):
-        for point in points(report):
-            key, row = _row(report, point)
-            recipes.setdefault(row.recipe, report)
-            rows.setdefault(key, row)
-            column = _column(point)
-            columns.setdefault(tuple(column.model_dump().values()), column)
-            cells.append(_cell(
-                point, index, list(rows).index(key),
-                list(columns).index(tuple(column.model_dump().values())),
-            ))  # fmt: skip
+    found = [(i, p, *_row(report, p)) for i, (_, report) in enumerate(kept) for p in points(report)]
+    models = list(dict.fromkeys(row.model for *_, row in found))
+    # Model by model, its original first.
+    rows = {key: row for _, _, key, row in sorted(
+        found, key=lambda f: (models.index(f[3].model), f[3].artifact != "original")
+    )}  # fmt: skip
+    recipes = {row.recipe: kept[source][1] for source, _, _, row in reversed(found)}
+    columns = list(dict.fromkeys(_column(point) for _, point, _, _ in found))
+    places = {key: index for index, key in enumerate(rows)}
+    cells = [
+        _cell(point, source, places[key], columns.index(_column(point)))
+        for source, point, key, _ in found
+    ]
     comparable = same_images([report for _, report in kept])
     return Matrix(
         sources=[_source(path, report) for path, report in kept],
         rows=_labelled(rows, recipes),
-        columns=list(columns.values()),
+        columns=columns,
         cells=_with_best(cells, comparable),
         comparable=comparable,
         notes=[*repeated, *comparability([report for _, report in kept])],

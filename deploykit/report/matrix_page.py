@@ -70,7 +70,8 @@ def print_matrix(matrix: Matrix, console: Console, out: Path | None = None) -> N
             "\n".join(_line(matrix, cell) for cell in matrix.at(index, place)) or "–"
             for place in range(len(matrix.columns))
         ]
-        table.add_row(*(Text(wording.clean_lines(t)) for t in (wording.clean(row.label), *cells)))
+        name = f"{index + 1}  {wording.clean(row.label)}"
+        table.add_row(*(Text(wording.clean_lines(text)) for text in (name, *cells)))
     console.print(table)
     say(console, "★: nothing measured in the same column is better in all of accuracy, time, size")
     for number, source in enumerate(matrix.sources, 1):
@@ -124,22 +125,25 @@ def _scatter(matrix: Matrix) -> Plot | None:
     """Every timed cell, a colour and mark for each column."""
     timed = [index for index, column in enumerate(matrix.columns) if column.target]
     keys = {
-        index: Key(column_text(matrix.columns[index]), _COLOURS[i % 5], MARKS[i % len(MARKS)])
+        index: Key(_short(matrix.columns[index]), _COLOURS[i % 5], MARKS[i % len(MARKS)])
         for i, index in enumerate(timed)
     }
-    one_model = len({row.model for row in matrix.rows}) == 1
     dots = []
     for cell in matrix.cells:
         if cell.column not in keys or cell.p50_ms is None or cell.p50_ms <= 0:
             continue
-        row = matrix.rows[cell.row]
-        label = row.label.removeprefix(f"{row.model} ") if one_model else row.label
         between = (cell.p50_low_ms or cell.p50_ms, cell.p50_high_ms or cell.p50_ms)
         dots.append(Dot(
-            label, keys[cell.column], cell.p50_ms, between, cell.top1, _interval(cell),
+            str(cell.row + 1), keys[cell.column], cell.p50_ms, between, cell.top1, _interval(cell),
             cell.bytes / 1e6, cell.noisy,
         ))  # fmt: skip
-    return scatter_of("matrix", dots, list(keys.values()), comparable=matrix.comparable)
+    return scatter_of("matrix", dots, list(keys.values()), comparable=matrix.comparable,
+                      more="; numbers are rows of the table")  # fmt: skip
+
+
+def _short(column: Column) -> str:
+    """The legend has little room: what follows a comma is a detail of the device."""
+    return wording.shorten(f"{column.target}, {column.device.split(',')[0]}", 42)
 
 
 def _interval(cell: Cell) -> tuple[float, float] | None:

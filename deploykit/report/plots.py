@@ -175,8 +175,8 @@ def plain_log_axis(axes: Axes, low: float, high: float) -> None:
     if low <= 0 or high <= 3 * low:
         return
     axes.set_xscale("log")
-    decades = high > 30 * low
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
+    few = high > 30 * low
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if few else (1.0, 2.0, 5.0)))
     axes.xaxis.set_minor_locator(NullLocator())
     # The usual labels are formulas, and the house's pictures take $ for a $.
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

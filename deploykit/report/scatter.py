@@ -79,12 +79,18 @@ def scatter_plot(report: Report) -> Plot | None:
 
 
 def scatter_of(
-    key: str, dots: Sequence[Dot], legend: Sequence[Key], *, comparable: bool = True
+    key: str,
+    dots: Sequence[Dot],
+    legend: Sequence[Key],
+    *,
+    comparable: bool = True,
+    more: str = "",
 ) -> Plot | None:
     """Draw the marks; without any accuracy, size against latency. None below two marks.
 
     Args:
         comparable: the accuracies are of the same images; else no front is drawn.
+        more: said at the end of the caption.
     """
     rated = [d for d in dots if d.top1 is not None]
     shown = rated or list(dots)
@@ -106,6 +112,7 @@ def scatter_of(
         caption += "; no front is drawn, as the figures can't be compared"
     if any(d.noisy for d in shown):
         caption += "; hollow marks are too noisy to count"
+    caption += more
     height = 3.0 + 0.17 * len(legend)
     return draw(key, caption, height, _painter(shown, legend, bool(rated), height, best))
 
@@ -141,7 +148,9 @@ def _painter(
         axes.set_ylabel("top-1, %" if rated else "size, MB")
         axes.grid()
         axes.margins(x=0.18, y=0.18)
-        if not rated:
+        if rated:
+            axes.set_ylim(top=min(axes.get_ylim()[1], 101))
+        else:
             axes.set_ylim(bottom=0)
         _write_labels(axes, dots, heights, height)
         if legend:
@@ -189,12 +198,13 @@ def _write_labels(axes: Axes, dots: Sequence[Dot], heights: Sequence[float], inc
         boxes = {s: _box(middle, y + s, half, 5.5) for s in shifts if 0 <= y + s <= tall}
         shift = next((s for s, box in boxes.items() if not _covers(box, taken)), shifts[0])
         taken.append(_box(middle, y + shift, half, 5.5))
-        axes.annotate(
+        note = axes.annotate(
             text, (dots[index].ms, heights[index]), xytext=(9 if to_right else -9, shift),
             textcoords="offset points", va="center", ha="left" if to_right else "right",
             fontsize=8.5, zorder=4,
             arrowprops=line if abs(shift) > 15 else None,
         )  # fmt: skip
+        note.set_in_layout(False)  # the axes keep their width
 
 
 def _box(x: float, y: float, half_width: float, half_height: float) -> tuple[float, ...]:
