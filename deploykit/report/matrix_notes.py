@@ -43,7 +43,7 @@ def _weights(reports: Sequence[Report]) -> list[str]:
     for model in dict.fromkeys(report.model for report in reports):
 
         def read(report: Report, model: str = model) -> str | None:
-            known = report.weights.sha256 or report.weights.label
+            known = (report.weights.sha256 or "")[:12] or report.weights.label
             return known if report.model == model else None
 
         groups = _groups(reports, read)
