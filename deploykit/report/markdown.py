@@ -23,6 +23,7 @@ def render_markdown(report: Report) -> str:
         report=report,
         verdict=VERDICTS[report.verdict],
         icon={"good": "✅", "bad": "❌", "doubt": "⚠️"}[view.mood(report)],
+        headline=view.headline(report),
         rows=view.rows(report),
         accuracies=report.accuracy if report.weights.trained else [],
         worst=view.worst_layers(report, 5),

@@ -176,7 +176,7 @@ def _row(report: Report, point: Point) -> tuple[tuple[str, ...], Row]:
     weights = report.weights.sha256 or report.weights.label
     side = str(report.preprocessing.size)
     row = Row(
-        label=f"{report.model} {point.label}",
+        label=f"{shorten(report.model)} {shorten(point.label)}",
         model=report.model,
         artifact=artifact.name,
         precision=artifact.precision,

@@ -24,6 +24,8 @@ __all__ = [
 
 Mood = Literal["good", "bad", "doubt", "plain"]
 
+_MOST_GAINS = 4  # in the sentence on top; the table has all
+
 
 @dataclass(frozen=True)
 class Row:
@@ -128,6 +130,8 @@ def headline(report: Report) -> str:
         said = wording.ratio_short(m)
         if m.artifact == "compressed" and ("faster" in said or "slower" in said):
             gains.append(f"{said} on {wording.clean(m.target)}")
+    more = len(gains) - _MOST_GAINS
+    gains = [*gains[:_MOST_GAINS], f"so on ({more} more)"] if more > 1 else gains
     text = f"{wording.clean(compressed.precision)} is {_and(gains)} than the original"
     if not report.weights.trained:
         return f"{text}; its accuracy can't be known, as the weights are untrained."
