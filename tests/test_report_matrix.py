@@ -162,6 +162,15 @@ def test_the_front_of_a_column() -> None:
     assert "no front is drawn" in render_matrix_html(matrix)
 
 
+def test_a_file_does_not_beat_itself_by_being_timed_twice() -> None:
+    again = on("x", measurements=[make_measurement(p50_ms=4.45)])  # 1 % around each
+    matrix = build_matrix([("a", on("x", measurements=[make_measurement()])), ("b", again)])
+    assert stars(matrix) == ["w4a8", "w4a8"]
+    slower = on("x", measurements=[make_measurement(p50_ms=4.6)])
+    matrix = build_matrix([("a", on("x", measurements=[make_measurement()])), ("b", slower)])
+    assert stars(matrix) == ["w4a8"]
+
+
 def test_front_against_its_definition() -> None:
     assert front([(1, 5), (2, 4), (3, 4), (2, 6), (4, 1), (1, 5)]) == [0, 1, 4, 5]
     assert front([]) == []

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from deploykit.report.matrix_notes import comparability, same_images
 from deploykit.report.model import Report, strict_json
-from deploykit.report.points import Point, front, points
+from deploykit.report.points import Point, points
 from deploykit.report.view import flatten
 from deploykit.report.wording import shorten
 from deploykit.types import Data
@@ -78,8 +78,8 @@ class Cell(Data):
     ratio_high: float | None
     noisy: bool
     best: bool = Field(
-        description="on its column's Pareto front of top-1, time and size; of time and size where "
-        "accuracies are absent or of different images"
+        description="on its column's Pareto front of top-1, time (by its interval) and size; of "
+        "time and size where accuracies are absent or of different images"
     )
 
 
@@ -264,9 +264,28 @@ def _with_best(cells: list[Cell], comparable: bool) -> list[Cell]:
         rated = [(index, cell) for index, cell in there if cell.top1 is not None]
         by_accuracy = comparable and bool(rated)
         judged = rated if by_accuracy else there
-        costs = [
-            (cell.p50_ms or 0.0, float(cell.bytes), -(cell.top1 or 0.0) if by_accuracy else 0.0)
-            for _, cell in judged
-        ]
-        best |= {judged[i][0] for i in front(costs)}
+        best |= {
+            index
+            for index, cell in judged
+            if not any(_beats(other, cell, by_accuracy) for _, other in judged)
+        }
     return [cell.model_copy(update={"best": i in best}) for i, cell in enumerate(cells)]
+
+
+def _beats(one: Cell, other: Cell, by_accuracy: bool) -> bool:
+    """Better in something and worse in nothing.
+
+    Times are different only where their intervals are apart: a file does not beat itself by being
+    timed twice. (Sizes and accuracies are ordered and so are intervals, so no ring can form.)
+    """
+    ahead = [
+        one.bytes < other.bytes,
+        by_accuracy and (one.top1 or 0) > (other.top1 or 0),
+        (one.p50_high_ms or 0) < (other.p50_low_ms or 0),
+    ]
+    behind = [
+        one.bytes > other.bytes,
+        by_accuracy and (one.top1 or 0) < (other.top1 or 0),
+        (one.p50_low_ms or 0) > (other.p50_high_ms or 0),
+    ]
+    return any(ahead) and not any(behind)

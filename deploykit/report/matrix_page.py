@@ -20,9 +20,15 @@ from deploykit.report.model import Report
 from deploykit.report.plots import AFTER, BEFORE, FOURTH, INK, THIRD, Plot
 from deploykit.report.scatter import MARKS, Dot, Key, scatter_of
 from deploykit.report.spreadsheet import csv_text
-from deploykit.report.terminal import say
+from deploykit.report.terminal import plain, say
+from deploykit.report.wording import shorten
 
 __all__ = ["print_matrix", "render_matrix_html", "render_matrix_markdown", "write_matrix"]
+
+BEST = (
+    "nothing in the same column is as accurate, as fast and as small and better in one of them "
+    "(times differ where their intervals are apart)"
+)
 
 _COLOURS = (AFTER, THIRD, FOURTH, BEFORE, INK)
 
@@ -30,7 +36,7 @@ _COLOURS = (AFTER, THIRD, FOURTH, BEFORE, INK)
 def render_matrix_html(matrix: Matrix) -> str:
     """One self-contained page; every text in it is escaped."""
     return page_template("matrix.html.j2").render(
-        matrix=matrix, pictures=markup([_scatter(matrix)]), column=column_text, words=wording,
+        matrix=matrix, best=BEST, pictures=markup([_scatter(matrix)]), column=column_text, words=wording,
         time=time_text, beside=beside_text, cost=cost_text,
     )  # fmt: skip
 
@@ -38,7 +44,7 @@ def render_matrix_html(matrix: Matrix) -> str:
 def render_matrix_markdown(matrix: Matrix) -> str:
     """One table and the notes, for a pull request."""
     return markdown_template("matrix.md.j2").render(
-        matrix=matrix, column=column_text, cell_text=partial(_line, matrix)
+        matrix=matrix, best=BEST, column=column_text, cell_text=partial(_line, matrix)
     )
 
 
@@ -61,25 +67,38 @@ def write_matrix(matrix: Matrix, reports: Sequence[tuple[str, Report]], out: Pat
 
 def print_matrix(matrix: Matrix, console: Console, out: Path | None = None) -> None:
     """The table, what can't be compared, which report is which number."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("file", overflow="fold")
-    for column in matrix.columns:
-        table.add_column(Text(column_text(column)), overflow="fold")
-    for index, row in enumerate(matrix.rows):
-        cells = [
-            "\n".join(_line(matrix, cell) for cell in matrix.at(index, place)) or "–"
-            for place in range(len(matrix.columns))
-        ]
-        name = f"{index + 1}  {wording.clean(row.label)}"
-        table.add_row(*(Text(wording.clean_lines(text)) for text in (name, *cells)))
-    console.print(table)
-    say(console, "★: nothing measured in the same column is better in all of accuracy, time, size")
+    for place, column in enumerate(matrix.columns):
+        # One table each: of several devices side by side, nothing would be left in 80 columns.
+        say(console, column_text(column), "dim")
+        console.print(_table(matrix, place, console))
+    say(console, f"★: {BEST}")
     for number, source in enumerate(matrix.sources, 1):
         say(console, f"[{number}] {source.path}: {source.model} {source.bits}, {source.verdict}")
     for note in matrix.notes:
         say(console, f"Note: {note}", "yellow")
     if out is not None:
         say(console, f"matrix: {out / 'matrix.html'}")
+
+
+def _table(matrix: Matrix, place: int, console: Console) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("file", "p50 ms", "vs original", "top-1", "change", "size", "report"):
+        left = heading in ("file", "vs original", "report")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    for index, row in enumerate(matrix.rows):
+        for cell in matrix.at(index, place):
+            cells = (
+                f"{index + 1} {shorten(row.label, 60)}",
+                wording.ms(cell.p50_ms),
+                beside_text(cell) or "–",
+                wording.percent(cell.top1),
+                "–" if cell.drop is None else wording.change(-cell.drop),
+                wording.bytes_text(cell.bytes),
+                f"[{cell.source + 1}]{' ★' if cell.best else ''}",
+            )
+            style = "bold" if row.artifact == "compressed" else ""
+            table.add_row(*(Text(plain(text, console), style=style) for text in cells))
+    return table
 
 
 def column_text(column: Column) -> str:
@@ -143,7 +162,7 @@ def _scatter(matrix: Matrix) -> Plot | None:
 
 def _short(column: Column) -> str:
     """The legend has little room: what follows a comma is a detail of the device."""
-    return wording.shorten(f"{column.target}, {column.device.split(',')[0]}", 42)
+    return shorten(f"{column.target}, {column.device.split(',')[0]}", 42)
 
 
 def _interval(cell: Cell) -> tuple[float, float] | None:

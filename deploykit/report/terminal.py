@@ -13,11 +13,11 @@ from deploykit.report import view, wording
 from deploykit.report.html import VERDICTS
 from deploykit.report.model import Report
 
-__all__ = ["render_terminal", "say"]
+__all__ = ["plain", "render_terminal", "say"]
 
 _COLOURS = {"good": "green", "bad": "red", "doubt": "yellow", "plain": ""}
 _ASCII = str.maketrans({
-    "−": "-", "–": "-", "…": "..", "×": "x", "→": "->", "·": "|", "✔": "ok", "✘": "X",
+    "−": "-", "–": "-", "…": "..", "×": "x", "→": "->", "·": "|", "★": "*", "✔": "ok", "✘": "X",
 })  # fmt: skip
 
 
@@ -64,13 +64,13 @@ def _table(report: Report, console: Console) -> Table:
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for target in targets:
         if target:
-            table.add_row(Text(_plain(target, console), style="dim"))
+            table.add_row(Text(plain(target, console), style="dim"))
         for row in (row for row in rows if row.target == target):
             # The line above the table says why; the long word would break the columns.
             top1 = "refused" if row.top1 == wording.REFUSED else row.top1
             cells = (f"{row.artifact} {row.precision}", top1, row.size, row.p50, row.ratio)
             style = "bold" if row.artifact == "compressed" else ""
-            table.add_row(*(Text(_plain(c, console), style=style) for c in (*cells, row.peak)))
+            table.add_row(*(Text(plain(c, console), style=style) for c in (*cells, row.peak)))
     return table
 
 
@@ -90,10 +90,10 @@ def _parity(report: Report) -> tuple[str, str]:
 
 def say(console: Console, text: str, style: str = "") -> None:
     """One line of plain text, as this console can show it."""
-    console.print(Text(_plain(text, console), style=style), soft_wrap=True)
+    console.print(Text(plain(text, console), style=style), soft_wrap=True)
 
 
-def _plain(text: str, console: Console) -> str:
+def plain(text: str, console: Console) -> str:
     """The text as this console's encoding can show it."""
     text = wording.clean(text)
     if console.encoding.lower().startswith("utf"):
