@@ -36,8 +36,8 @@ _COLOURS = (AFTER, THIRD, FOURTH, BEFORE, INK)
 def render_matrix_html(matrix: Matrix) -> str:
     """One self-contained page; every text in it is escaped."""
     return page_template("matrix.html.j2").render(
-        matrix=matrix, best=BEST, pictures=markup([_scatter(matrix)]), column=column_text, words=wording,
-        time=time_text, beside=beside_text, cost=cost_text,
+        matrix=matrix, best=BEST, pictures=markup([_scatter(matrix)]), column=column_text,
+        words=wording, time=time_text, beside=beside_text, cost=cost_text,
     )  # fmt: skip
 
 
