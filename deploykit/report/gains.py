@@ -36,10 +36,10 @@ def gains(report: Report) -> list[Gain]:
         old = report.find_measurement("original", target)
         if new is None or old is None:
             continue
-        if new.ratio is not None and not new.noisy:
+        said = wording.ratio_short(new)
+        if new.ratio is not None and said not in ("–", wording.TOO_NOISY):
             low, high = new.ratio_low, new.ratio_high
             between = (100 * low, 100 * high) if low is not None and high is not None else None
-            said = wording.ratio_short(new)
             result.append(Gain(f"time, {target}", 100 * new.ratio, between, said))
         if new.peak_rss_bytes and old.peak_rss_bytes:
             result.append(_gain(f"memory, {target}", new.peak_rss_bytes, old.peak_rss_bytes))

@@ -14,7 +14,7 @@ from deploykit.report.matrix_notes import comparability, same_images
 from deploykit.report.model import Report, strict_json
 from deploykit.report.points import Point, points
 from deploykit.report.view import flatten
-from deploykit.report.wording import shorten
+from deploykit.report.wording import ratio_short, shorten
 from deploykit.types import Data
 
 __all__ = ["Cell", "Column", "Matrix", "Row", "Source", "build_matrix"]
@@ -76,7 +76,8 @@ class Cell(Data):
     ratio: float | None = Field(description="time against the original's")
     ratio_low: float | None
     ratio_high: float | None
-    noisy: bool
+    beside: str = Field(description="the same in words; '–' for the original itself")
+    noisy: bool = Field(description="the median can't be used")
     best: bool = Field(
         description="on its column's Pareto front of top-1, time (by its interval) and size; of "
         "time and size where accuracies are absent or of different images"
@@ -212,6 +213,7 @@ def _cell(point: Point, source: int, row: int, column: int) -> Cell:
         ratio=m.ratio if m else None,
         ratio_low=m.ratio_low if m else None,
         ratio_high=m.ratio_high if m else None,
+        beside=ratio_short(m) if m else "–",
         noisy=m.noisy if m else False,
         best=False,
     )

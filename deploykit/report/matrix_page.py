@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from rich import box
@@ -37,14 +36,14 @@ def render_matrix_html(matrix: Matrix) -> str:
     """One self-contained page; every text in it is escaped."""
     return page_template("matrix.html.j2").render(
         matrix=matrix, best=BEST, pictures=markup([_scatter(matrix)]), column=column_text,
-        words=wording, time=time_text, beside=beside_text, cost=cost_text,
+        words=wording, time=time_text, cost=cost_text,
     )  # fmt: skip
 
 
 def render_matrix_markdown(matrix: Matrix) -> str:
     """One table and the notes, for a pull request."""
     return markdown_template("matrix.md.j2").render(
-        matrix=matrix, best=BEST, column=column_text, cell_text=partial(_line, matrix)
+        matrix=matrix, best=BEST, column=column_text, cell_text=_line
     )
 
 
@@ -90,7 +89,7 @@ def _table(matrix: Matrix, place: int, console: Console) -> Table:
             cells = (
                 f"{index + 1} {shorten(row.label, 60)}",
                 wording.ms(cell.p50_ms),
-                beside_text(cell) or "–",
+                cell.beside,
                 wording.percent(cell.top1),
                 "–" if cell.drop is None else wording.change(-cell.drop),
                 wording.bytes_text(cell.bytes),
@@ -114,18 +113,6 @@ def time_text(cell: Cell) -> str:
     return "not timed" if cell.p50_ms is None else f"{wording.ms(cell.p50_ms)} ms"
 
 
-def beside_text(cell: Cell) -> str:
-    """``2.36× faster`` than the original, or empty."""
-    if cell.noisy:
-        return "too noisy"
-    if cell.ratio is None or cell.ratio <= 0:
-        return ""
-    low, high = cell.ratio_low, cell.ratio_high
-    if low is not None and high is not None and low <= 1 <= high:
-        return "no clear change"
-    return f"{1 / cell.ratio:.2f}× faster" if cell.ratio < 1 else f"{cell.ratio:.2f}× slower"
-
-
 def cost_text(cell: Cell) -> str:
     """``79.05 % (−0.35), 9.12 MB``."""
     top1 = wording.percent(cell.top1) if cell.top1 is not None else "no accuracy"
@@ -134,10 +121,9 @@ def cost_text(cell: Cell) -> str:
     return f"{top1}, {wording.bytes_text(cell.bytes)}"
 
 
-def _line(matrix: Matrix, cell: Cell) -> str:
-    parts = [time_text(cell), beside_text(cell), cost_text(cell), "★" if cell.best else ""]
-    number = f" [{cell.source + 1}]" if len(matrix.sources) > 1 else ""
-    return ", ".join(part for part in parts if part) + number
+def _line(cell: Cell) -> str:
+    parts = [time_text(cell), cell.beside, cost_text(cell), "★" if cell.best else "–"]
+    return ", ".join(part for part in parts if part != "–") + f" [{cell.source + 1}]"
 
 
 def _scatter(matrix: Matrix) -> Plot | None:
