@@ -44,6 +44,7 @@ from deploykit.cli_options import (
 )
 from deploykit.cli_profile import profile
 from deploykit.cli_prune import prune
+from deploykit.cli_report import report_
 from deploykit.cli_sensitivity import sensitivity
 from deploykit.cli_split import split
 from deploykit.errors import DeploykitError, ExitCode
@@ -149,6 +150,7 @@ app.command()(split)
 app.command()(sensitivity)
 app.command()(bench)
 app.command()(profile)
+app.command("report")(report_)
 
 
 @app.command("list")
@@ -256,36 +258,6 @@ def verify(
     if as_json:
         print_json(json.dumps([row.model_dump(mode="json") for row in rows]))
     return ExitCode.OK if all(row.passed for row in rows) else ExitCode.PARITY
-
-
-@app.command("report")
-def report_(
-    source: Annotated[Path, typer.Argument(help="report.json, or its folder.")],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Write all renderings into this folder.")
-    ] = None,
-    markdown: Annotated[bool, typer.Option(help="Print Markdown, for a pull request.")] = False,
-    as_json: Json = False,
-) -> int:
-    """Show a report again: in the terminal, as Markdown, as JSON, or as files."""
-    from deploykit.bench_output import show_bench
-    from deploykit.report.markdown import render_markdown
-    from deploykit.report.model import load_report
-    from deploykit.report.terminal import render_terminal
-    from deploykit.report.write import write_report
-
-    if show_bench(source, as_json=as_json, pages=markdown or out is not None):
-        return 0
-    found = load_report(source)
-    if out is not None:
-        write_report(found, out)
-    if as_json:
-        print_json(found.to_json())
-    elif markdown:
-        sys.stdout.write(render_markdown(found))
-    else:
-        render_terminal(found, Console(highlight=False), out)
-    return 0
 
 
 @app.command()

@@ -16,9 +16,12 @@ from rich.console import Console
 
 from deploykit.errors import UsageError
 from deploykit.report import plots, wording
+from deploykit.report.distributions import distribution_plots
+from deploykit.report.gains import gains_plot
 from deploykit.report.html import render_html
 from deploykit.report.markdown import render_markdown
 from deploykit.report.model import LayerError, Report, json_schema, load_report
+from deploykit.report.scatter import scatter_plot
 from deploykit.report.terminal import render_terminal
 from deploykit.report.write import write_report
 from deploykit.types import REPORT_SCHEMA_VERSION, PassRecord, WeightsOrigin
@@ -62,6 +65,11 @@ def evil_report() -> Report:
 def html() -> str:
     """The page of the plain report; drawing takes half a second."""
     return render_html(make_report())
+
+
+def said(page: str) -> str:
+    """The page without the coordinates of its pictures, among which any number may occur."""
+    return re.sub(r'\b(d|transform|x|y)="[^"]*"', "", page)
 
 
 def terminal(report: Report, **options: Any) -> str:
@@ -147,6 +155,7 @@ def test_schema_accepts_reports_and_refuses_others() -> None:
         ("[]", "without schema_version"),
         ('{"schema_version": "1"}', "without schema_version"),
         ('{"schema_version": 2}', "has schema_version 2, this deploykit reads up to 1; update"),
+        ('{"schema_version": 0}', "has schema_version 0, this deploykit reads 1; make the report"),
         ('{"schema_version": 1, "model": 3}', "not a valid report: "),
         ("\ud7ff".encode("utf-16").decode("latin-1"), "no valid JSON"),
     ],
@@ -264,11 +273,13 @@ def test_no_accuracy_on_untrained_weights(kind: str) -> None:
     weights = WeightsOrigin(kind=kind, source="seed 0")  # type: ignore[arg-type]
     # Even a report that holds an accuracy does not show it.
     report = make_report(weights=weights, verdict="not for deployment", gates=[])
-    for text in (render_html(report), render_markdown(report), terminal(report)):
+    page = render_html(report)
+    for text in (said(page), render_markdown(report), terminal(report)):
         assert wording.REFUSED in text
         assert "79.05" not in text
         assert "0.35" not in text
-    assert "Untrained weights" in render_html(report)
+    assert "Untrained weights" in page
+    assert "size against latency" in page
 
 
 def test_renders_what_little_there_is() -> None:
@@ -286,7 +297,7 @@ def test_renders_what_little_there_is() -> None:
 
 def test_noisy_is_said_and_its_ratio_is_not() -> None:
     report = make_report(measurements=[make_measurement(noisy=True)], verdict_reasons=[])
-    for text in (render_html(report), render_markdown(report), terminal(report)):
+    for text in (said(render_html(report)), render_markdown(report), terminal(report)):
         assert "too noisy" in text
         assert "2.36" not in text
 
@@ -335,8 +346,9 @@ def test_wording_corners() -> None:
 
 def test_plots_take_their_colours_from_the_page() -> None:
     report = make_report()
-    made = [plots.drop_plot(report), plots.size_plot(report), plots.layer_plot(report)]
-    for plot in (*made, *plots.latency_plots(report)):
+    made = [plots.drop_plot(report), plots.layer_plot(report), plots.worst_layers_plot(report)]
+    made += [scatter_plot(report), gains_plot(report), *distribution_plots(report)]
+    for plot in made:
         assert plot is not None
         assert plot.svg.startswith('<svg role="img" aria-label="')
         assert "var(--ink)" in plot.svg

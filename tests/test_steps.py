@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deploykit.report.html import render_html
 from deploykit.report.steps import step_plots, steps
-from tests.factories import make_accuracy, make_artifact, make_measurement, make_report
+from tests.factories import TARGET, make_accuracy, make_artifact, make_measurement, make_report
 
 
 def _report():  # type: ignore[no-untyped-def]
@@ -27,7 +27,7 @@ def _report():  # type: ignore[no-untyped-def]
 def test_each_step_stands_beside_the_one_before() -> None:
     found = steps(_report())
     assert [step.label for step in found] == ["original", "merged", "w8a8"]
-    assert [step.time for step in found] == [100.0, 70.0, 30.0]
+    assert [step.times for step in found] == [{TARGET: t} for t in (100.0, 70.0, 30.0)]
     assert [step.top1 for step in found] == [79.40, 79.0, 78.5]
     assert [step.megabytes for step in found] == [100.0, 100.0, 25.0]
 
@@ -43,8 +43,22 @@ def test_a_noisy_measurement_is_no_step() -> None:
     report = _report()
     noisy = [m.model_copy(update={"noisy": True}) for m in report.measurements]
     report = report.model_copy(update={"measurements": noisy})
-    assert [step.time for step in steps(report)] == [None, None, None]
+    assert [step.times[TARGET] for step in steps(report)] == [100.0, None, None]
     assert len(step_plots(report)) == 2
+
+
+def test_every_target_has_its_waterfall() -> None:
+    report = _report()
+    other = [
+        m.model_copy(update={"target": "other", "ratio": (m.ratio or 0) / 2})
+        for m in report.measurements
+    ]
+    report = report.model_copy(update={"measurements": [*report.measurements, *other]})
+    assert [step.times["other"] for step in steps(report)] == [100.0, 35.0, 15.0]
+    captions = [plot.caption for plot in step_plots(report)]
+    assert [c for c in captions if "time" in c] == [
+        f"Step by step: % of the original's time on {target}" for target in (TARGET, "other")
+    ]
 
 
 def test_without_a_step_there_is_nothing_to_draw() -> None:

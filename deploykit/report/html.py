@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -9,11 +10,15 @@ from markupsafe import Markup
 
 from deploykit._recipe_yaml import dump_yaml
 from deploykit.report import plots, view, wording
+from deploykit.report.distributions import distribution_plots
+from deploykit.report.facts import device_facts, parity_grid, timing_facts
+from deploykit.report.gains import gains_plot
 from deploykit.report.layers import layer_tables
 from deploykit.report.model import Report
+from deploykit.report.scatter import scatter_plot
 from deploykit.report.steps import step_plots
 
-__all__ = ["page_template", "render_html"]
+__all__ = ["VERDICTS", "markup", "page_template", "render_html"]
 
 VERDICTS = {
     "ok": "OK",
@@ -26,24 +31,27 @@ VERDICTS = {
 def render_html(report: Report) -> str:
     """One self-contained page; every text in it is escaped."""
     pictures = [
+        scatter_plot(report),
+        gains_plot(report),
         plots.drop_plot(report),
-        plots.size_plot(report),
-        *plots.latency_plots(report),
+        *distribution_plots(report),
         *step_plots(report),
     ]
     return page_template("report.html.j2").render(
         report=report,
         verdict=VERDICTS[report.verdict],
         mood=view.mood(report),
+        headline=view.headline(report),
         cards=view.cards(report),
         rows=view.rows(report),
         accuracies=report.accuracy if report.weights.trained else [],
-        devices={m.target: m for m in report.measurements},
         withheld=list(dict.fromkeys(m.withheld for m in report.measurements if m.withheld)),
-        # The only text that is not escaped: markup drawn here, from cleaned names.
-        pictures=[(Markup(p.svg), p.caption) for p in pictures if p],  # noqa: S704
-        layer_picture=_layer_picture(report),
-        worst=view.worst_layers(report),
+        pictures=markup(pictures),
+        layer_pictures=markup([plots.layer_plot(report), plots.worst_layers_plot(report)]),
+        layers=view.worst_layers(report, len(report.layers)),
+        parity=parity_grid(report.parity),
+        devices=device_facts(report.measurements),
+        timings=timing_facts(report.measurements),
         layer_tables=layer_tables(report),
         recipe=dump_yaml(report.recipe),
         environment=view.flatten(report.environment),
@@ -52,9 +60,9 @@ def render_html(report: Report) -> str:
     )
 
 
-def _layer_picture(report: Report) -> tuple[Markup, str] | None:
-    plot = plots.layer_plot(report)
-    return (Markup(plot.svg), plot.caption) if plot else None  # noqa: S704
+def markup(pictures: Iterable[plots.Plot | None]) -> list[tuple[Markup, str]]:
+    """Pictures for a page: the only text that is not escaped, drawn here from cleaned names."""
+    return [(Markup(p.svg), p.caption) for p in pictures if p]  # noqa: S704
 
 
 def _without_control(value: object) -> object:

@@ -35,6 +35,7 @@ __all__ = [
     "Report",
     "json_schema",
     "load_report",
+    "schema_text",
     "strict_json",
 ]
 
@@ -168,7 +169,7 @@ def load_report(path: Path | str) -> Report:
     """Read a report.json, or the one in a folder.
 
     Raises:
-        UsageError: It is missing, no report, or of a later schema version.
+        UsageError: It is missing, no report, or of an earlier or later schema version.
     """
     path = Path(path)
     try:
@@ -186,12 +187,18 @@ def load_report(path: Path | str) -> Report:
         reason = str(exc).split("\n")[0]
         raise UsageError(f"{path}: wanted a report.json, got no valid JSON: {reason}") from exc
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int:
         raise UsageError(f"{path}: wanted a deploykit report, got JSON without schema_version")
     if version > REPORT_SCHEMA_VERSION:
         raise UsageError(
             f"{path}: the report has schema_version {version}, this deploykit reads up to "
             f"{REPORT_SCHEMA_VERSION}; update deploykit"
+        )
+    if version < REPORT_SCHEMA_VERSION:
+        raise UsageError(
+            f"{path}: the report has schema_version {version}, this deploykit reads "
+            f"{REPORT_SCHEMA_VERSION}; make the report again, or read it with the deploykit that "
+            "made it"
         )
     try:
         return Report.model_validate(data)
@@ -205,7 +212,13 @@ def load_report(path: Path | str) -> Report:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of report.json, to be published beside it."""
     schema = Report.model_json_schema(mode="serialization", schema_generator=_SchemaWriter)
-    return {"$schema": _SchemaWriter.schema_dialect, **schema}
+    name = f"urn:deploykit:report:{REPORT_SCHEMA_VERSION}"
+    return {"$schema": _SchemaWriter.schema_dialect, "$id": name, **schema}
+
+
+def schema_text() -> str:
+    """The same as text: what ``deploykit report --schema`` prints."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 class _SchemaWriter(GenerateJsonSchema):

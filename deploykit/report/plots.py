@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -17,39 +17,51 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from deploykit.report import wording
 from deploykit.report.model import Report
 from deploykit.report.view import worst_layers
-from deploykit.types import Measurement
 
 __all__ = [
     "AFTER",
     "BAD",
     "BEFORE",
+    "FOURTH",
     "INK",
+    "PAPER",
+    "SERIES",
     "SOFT",
+    "THIRD",
+    "WIDTH",
     "Plot",
     "draw",
     "drop_plot",
-    "latency_plots",
     "layer_plot",
-    "size_plot",
+    "plain_log_axis",
+    "series_style",
+    "worst_layers_plot",
 ]
 
 # Stand-in colour: CSS variable. Odd values, so that no other colour is taken for one.
 INK, SOFT, BEFORE, AFTER, BAD = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
+THIRD, FOURTH, PAPER = "#101112", "#131415", "#161718"
 _VARIABLES = {
     INK: "var(--ink)",
     SOFT: "var(--line)",
     BEFORE: "var(--before)",
     AFTER: "var(--after)",
     BAD: "var(--bad)",
+    THIRD: "var(--third)",
+    FOURTH: "var(--fourth)",
+    PAPER: "var(--paper)",
 }
+# Line style and mark differ too: a picture must be right in grey and for the colour-blind.
+SERIES = ((AFTER, "-", "o"), (THIRD, "--", "s"), (FOURTH, "-.", "^"), (INK, ":", "D"))
+"""Colour, line style and mark of the files that are not the original."""
 _STYLE = {
     "font.family": "DejaVu Sans",  # always there: the same widths on every machine
-    "font.size": 9,
+    "font.size": 9.5,
     "svg.fonttype": "none",
     "text.parse_math": False,  # a layer's name with $ is a name, not a formula
     "axes.edgecolor": SOFT,
@@ -64,7 +76,8 @@ _STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
 }
-_WIDTH = 4.8  # inches: about 1:1 on a phone, so that labels stay readable there
+WIDTH = 4.2
+"""Inches: a little more than 1:1 on a phone, so that labels stay readable there."""
 
 
 class Plot(NamedTuple):
@@ -72,51 +85,6 @@ class Plot(NamedTuple):
 
     svg: str
     caption: str
-
-
-def latency_plots(report: Report) -> list[Plot]:
-    """One picture a target: how the timed calls spread, original and compressed."""
-    result = []
-    for number, target in enumerate(dict.fromkeys(m.target for m in report.measurements)):
-        pair = [
-            m
-            for name in ("original", "compressed")
-            if (m := report.find_measurement(name, target)) is not None and len(m.samples_ms) > 1
-        ]
-        if pair:
-            caption = (
-                f"Every timed call on {wording.clean(target)}: dashed lines are the medians, "
-                "the slowest 1 % stand in the last bar"
-            )
-            result.append(draw(f"latency{number}", caption, 2.4, _latency_painter(pair)))
-    return result
-
-
-def size_plot(report: Report) -> Plot | None:
-    """The files' sizes as bars."""
-    artifacts = sorted(report.artifacts, key=lambda a: a.name == "original")
-    if not artifacts:
-        return None
-
-    def paint(axes: Axes) -> None:
-        several = len({a.format for a in artifacts}) > 1
-        names = [
-            wording.shorten(wording.clean(a.name), 16)
-            + f"\n{a.precision}"
-            + (f", {wording.clean(a.format)}" if several else "")
-            for a in artifacts
-        ]
-        sizes = [a.bytes / 1e6 for a in artifacts]
-        colours = [BEFORE if a.name == "original" else AFTER for a in artifacts]
-        bars = axes.barh(range(len(names)), sizes, color=colours, height=0.6)
-        axes.set_yticks(range(len(names)), names)
-        axes.bar_label(bars, [wording.bytes_text(a.bytes) for a in artifacts], padding=4)
-        axes.margins(x=0.22)
-        axes.set_xlabel("MB on disk")
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-
-    return draw("size", "Size of the files", 0.7 + 0.5 * len(artifacts), paint)
 
 
 def layer_plot(report: Report) -> Plot | None:
@@ -138,6 +106,32 @@ def layer_plot(report: Report) -> Plot | None:
 
     caption = "Signal to quantisation noise by layer: low bars lose most, the five worst in red"
     return draw("layers", caption, 2.2, paint)
+
+
+def worst_layers_plot(report: Report, count: int = 12) -> Plot | None:
+    """The layers that lose most, by name."""
+    worst = [layer for layer in worst_layers(report, count) if np.isfinite(layer.sqnr_db)]
+    if not worst:
+        return None
+
+    def paint(axes: Axes) -> None:
+        values = [layer.sqnr_db for layer in worst]
+        colours = [BAD] * 5 + [AFTER] * count
+        bars = axes.barh(range(len(worst)), values, color=colours[: len(worst)], height=0.6)
+        names = [
+            wording.clean(f"{wording.shorten(layer.layer, 28)}  {wording.shorten(layer.bits, 8)}")
+            for layer in worst
+        ]
+        axes.set_yticks(range(len(worst)), names, fontsize=8.5)
+        axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=8.5)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set_xlabel("SQNR, dB")
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+
+    caption = f"The {len(worst)} layers with the most quantisation noise and their bits"
+    return draw("worst", caption, 0.7 + 0.24 * len(worst), paint)
 
 
 def drop_plot(report: Report) -> Plot | None:
@@ -169,28 +163,23 @@ def drop_plot(report: Report) -> Plot | None:
     return draw("drop", "Change of top-1 accuracy, with its 95 % interval", 1.5, paint)
 
 
-def _latency_painter(pair: list[Measurement]) -> Callable[[Axes], None]:
-    def paint(axes: Axes) -> None:
-        samples = [np.asarray(m.samples_ms, dtype=float) for m in pair]
-        # A few stalls would squeeze everything else into one bar.
-        low = min(float(s.min()) for s in samples)
-        high = max(float(np.percentile(s, 99)) for s in samples)
-        bins = np.linspace(low, high if high > low else low + 1e-3, 61)
-        for measurement, values in zip(pair, samples, strict=True):
-            colour = BEFORE if measurement.artifact == "original" else AFTER
-            label = wording.clean(f"{measurement.artifact}, {measurement.precision}")
-            inside = np.clip(values, bins[0], bins[-1])
-            weights = np.full(len(values), 100 / len(values))
-            axes.hist(inside, bins=list(bins), weights=weights, color=colour, alpha=0.75,
-                      label=label)  # fmt: skip
-            axes.axvline(measurement.p50_ms, color=colour, linestyle="--", linewidth=1.2)
-        axes.set_xlabel("ms a call")
-        axes.set_ylabel("% of calls")
-        axes.grid(axis="y")
-        axes.set_xlim(left=0)
-        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.22), ncols=2, borderaxespad=0)
+def series_style(names: Sequence[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, line style and mark of each file: the original grey, ours in the house's colour."""
+    others = [name for name in dict.fromkeys(names) if name not in ("original", "compressed")]
+    styles = {"original": (BEFORE, "-", "o"), "compressed": SERIES[0]}
+    return styles | {name: SERIES[1 + i % 3] for i, name in enumerate(others)}
 
-    return paint
+
+def plain_log_axis(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic x axis where the values span more than three times, with plain numbers."""
+    if low <= 0 or high <= 3 * low:
+        return
+    axes.set_xscale("log")
+    few = high > 30 * low
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if few else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    # The usual labels are formulas, and the house's pictures take $ for a $.
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def draw(key: str, caption: str, height: float, paint: Callable[[Axes], None]) -> Plot:
@@ -199,7 +188,7 @@ def draw(key: str, caption: str, height: float, paint: Callable[[Axes], None]) -
     style: Any = _STYLE | {"svg.hashsalt": key}  # the stub wants literal keys
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a name in a script the font lacks
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         paint(figure.add_subplot())
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=nothing)

@@ -54,7 +54,7 @@ def worst_plot(report: SensitivityReport) -> Plot | None:
                 axes.plot(*zip(*points, strict=True), mark, color=colour, label=bits)
         names = [wording.shorten(wording.clean(row.layer), 30) for row in shown]
         axes.set_yticks(range(len(shown)), names)
-        axes.invert_yaxis()
+        axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xscale("log")
         # The usual labels are formulas, and the house's pictures take $ for a $.
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from deploykit.report import wording
 from deploykit.report.model import Report
 from deploykit.report.plots import AFTER, BAD, BEFORE, INK, Plot, draw
-from deploykit.types import STAGES, Artifact
+from deploykit.types import STAGES, Artifact, Measurement
 
 __all__ = ["Step", "step_plots", "steps"]
 
@@ -21,13 +21,13 @@ class Step:
 
     Attributes:
         label: the file's name and precision.
-        time: percent of the original's time on the run's first target; None if not measured.
+        times: percent of the original's time on each target; None if not measured or too noisy.
         top1: percent; None if not measured or refused.
         megabytes: of the file.
     """
 
     label: str
-    time: float | None
+    times: dict[str, float | None]
     top1: float | None
     megabytes: float
 
@@ -44,10 +44,10 @@ def steps(report: Report) -> list[Step]:
 
 
 def _step(report: Report, artifact: Artifact) -> Step:
-    times = [m for m in report.measurements if m.artifact == artifact.name]
-    time = None
-    if times and not times[0].noisy:
-        time = 100.0 if artifact.name == "original" else _percent(times[0].ratio)
+    times = {}
+    for target in dict.fromkeys(m.target for m in report.measurements):
+        found = report.find_measurement(artifact.name, target)
+        times[target] = _percent(found) if found else None
     top1 = None
     if report.weights.trained and report.accuracy:
         if artifact.name == "original":
@@ -56,11 +56,15 @@ def _step(report: Report, artifact: Artifact) -> Step:
             accuracy = report.find_accuracy(artifact.name)
             top1 = accuracy.top1 if accuracy else None
     label = artifact.name if artifact.precision == "fp32" else artifact.precision
-    return Step(wording.clean(label), time, top1, artifact.bytes / 1e6)
+    return Step(wording.clean(label), times, top1, artifact.bytes / 1e6)
 
 
-def _percent(ratio: float | None) -> float | None:
-    return None if ratio is None else 100 * ratio
+def _percent(measurement: Measurement) -> float | None:
+    if measurement.artifact == "original":
+        return 100.0
+    if measurement.ratio is None or wording.ratio_short(measurement) == wording.TOO_NOISY:
+        return None
+    return 100 * measurement.ratio
 
 
 def step_plots(report: Report) -> list[Plot]:
@@ -68,9 +72,11 @@ def step_plots(report: Report) -> list[Plot]:
     found = steps(report)
     if not found:
         return []
-    target = wording.clean(next((m.target for m in report.measurements), ""))
     columns: list[tuple[str, str, list[float | None], bool]] = [
-        ("time", f"% of the original's time on {target}", [s.time for s in found], True),
+        (f"time{number}", f"% of the original's time on {wording.clean(target)}",
+         [s.times[target] for s in found], True)
+        for number, target in enumerate(found[0].times)
+    ] + [
         ("top1", "top-1, %", [s.top1 for s in found], False),
         ("size", "size of the file, MB", [s.megabytes for s in found], True),
     ]  # fmt: skip

@@ -13,11 +13,11 @@ from deploykit.report import view, wording
 from deploykit.report.html import VERDICTS
 from deploykit.report.model import Report
 
-__all__ = ["render_terminal"]
+__all__ = ["plain", "render_terminal", "say"]
 
 _COLOURS = {"good": "green", "bad": "red", "doubt": "yellow", "plain": ""}
 _ASCII = str.maketrans({
-    "−": "-", "–": "-", "…": "..", "×": "x", "→": "->", "·": "|", "✔": "ok", "✘": "X",
+    "−": "-", "–": "-", "…": "..", "×": "x", "→": "->", "·": "|", "★": "*", "✔": "ok", "✘": "X",
 })  # fmt: skip
 
 
@@ -29,29 +29,29 @@ def render_terminal(report: Report, console: Console, out_dir: Path | str | None
     # Text, never markup: names come from files we did not write.
     mood = view.mood(report)
     sign = {"good": "✔", "bad": "✘"}.get(mood, "!")
-    _line(console, f"{sign} {VERDICTS[report.verdict]}: {report.model} {report.bits}",
+    say(console, f"{sign} {VERDICTS[report.verdict]}: {report.model} {report.bits}",
           f"bold {_COLOURS[mood]}")  # fmt: skip
     for reason in report.verdict_reasons:
-        _line(console, f"  {reason}")
+        say(console, f"  {reason}")
     if not report.weights.trained:
-        _line(console, f"  accuracy {wording.REFUSED} ({report.weights.source})", "red")
+        say(console, f"  accuracy {wording.REFUSED} ({report.weights.source})", "red")
     console.print(_table(report, console))
     if report.weights.trained and (accuracy := report.find_accuracy("compressed")):
-        _line(console, f"Top-1: {wording.drop_sentence(accuracy)}")
-    _line(console, *_parity(report))
+        say(console, f"Top-1: {wording.drop_sentence(accuracy)}")
+    say(console, *_parity(report))
     for gate in report.gates:
         if not gate.passed:
-            _line(console, f"Gate {gate.name} failed: {gate.reason}", "red")
+            say(console, f"Gate {gate.name} failed: {gate.reason}", "red")
     for warning in report.warnings:
-        _line(console, f"Warning: {warning}", "yellow")
+        say(console, f"Warning: {warning}", "yellow")
     for artifact in report.artifacts:
         made_by = f" ({artifact.algorithm})" if artifact.algorithm else ""
-        _line(console, f"{artifact.name}{made_by}: {artifact.path}")
+        say(console, f"{artifact.name}{made_by}: {artifact.path}")
         if artifact.name != "original":
             for note in artifact.notes:
-                _line(console, f"  {note}")
+                say(console, f"  {note}")
     if out_dir is not None:
-        _line(console, f"report: {Path(out_dir) / 'report.html'}")
+        say(console, f"report: {Path(out_dir) / 'report.html'}")
 
 
 def _table(report: Report, console: Console) -> Table:
@@ -64,13 +64,13 @@ def _table(report: Report, console: Console) -> Table:
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for target in targets:
         if target:
-            table.add_row(Text(_plain(target, console), style="dim"))
+            table.add_row(Text(plain(target, console), style="dim"))
         for row in (row for row in rows if row.target == target):
             # The line above the table says why; the long word would break the columns.
             top1 = "refused" if row.top1 == wording.REFUSED else row.top1
             cells = (f"{row.artifact} {row.precision}", top1, row.size, row.p50, row.ratio)
             style = "bold" if row.artifact == "compressed" else ""
-            table.add_row(*(Text(_plain(c, console), style=style) for c in (*cells, row.peak)))
+            table.add_row(*(Text(plain(c, console), style=style) for c in (*cells, row.peak)))
     return table
 
 
@@ -88,11 +88,12 @@ def _parity(report: Report) -> tuple[str, str]:
     return (text, "red") if missed else (text, "")
 
 
-def _line(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(_plain(text, console), style=style), soft_wrap=True)
+def say(console: Console, text: str, style: str = "") -> None:
+    """One line of plain text, as this console can show it."""
+    console.print(Text(plain(text, console), style=style), soft_wrap=True)
 
 
-def _plain(text: str, console: Console) -> str:
+def plain(text: str, console: Console) -> str:
     """The text as this console's encoding can show it."""
     text = wording.clean(text)
     if console.encoding.lower().startswith("utf"):

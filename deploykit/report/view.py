@@ -16,12 +16,15 @@ __all__ = [
     "accuracy_text",
     "cards",
     "flatten",
+    "headline",
     "mood",
     "rows",
     "worst_layers",
 ]
 
 Mood = Literal["good", "bad", "doubt", "plain"]
+
+_MOST_GAINS = 4  # in the sentence on top; the table has all
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,30 @@ def mood(report: Report) -> Mood:
     return "doubt" if report.verdict == "accuracy not measured" else "bad"
 
 
+def headline(report: Report) -> str:
+    """The run in one sentence: how much smaller and faster, and what it cost."""
+    compressed, original = report.find_artifact("compressed"), report.find_artifact("original")
+    if compressed is None or original is None or not compressed.bytes:
+        return "The run wrote no compressed file to compare with the original."
+    gains = [_size_card(compressed, original).value]
+    for m in report.measurements:
+        said = wording.ratio_short(m)
+        if m.artifact == "compressed" and ("faster" in said or "slower" in said):
+            gains.append(f"{said} on {wording.clean(m.target)}")
+    more = len(gains) - _MOST_GAINS
+    gains = [*gains[:_MOST_GAINS], f"so on ({more} more)"] if more > 1 else gains
+    text = f"{wording.clean(compressed.precision)} is {_and(gains)} than the original"
+    if not report.weights.trained:
+        return f"{text}; its accuracy can't be known, as the weights are untrained."
+    found = [a for a in report.accuracy if a.artifact == "compressed"]
+    if not found:
+        return f"{text}; its accuracy was not measured."
+    accuracy = max(found, key=lambda a: a.drop)  # of the worst file
+    low, high = wording.change(-accuracy.drop_high), wording.change(-accuracy.drop_low)
+    points = wording.change(-accuracy.drop)
+    return f"{text}; top-1 changed by {points} points (95 % interval {low} … {high})."
+
+
 def cards(report: Report) -> list[Card]:
     """The figures a person reads first."""
     compressed = report.find_artifact("compressed")
@@ -156,6 +183,10 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             result.append((name, "–" if value is None else wording.clean(value)))
     return result
+
+
+def _and(texts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
 def _accuracy_card(report: Report) -> Card:

@@ -12,6 +12,7 @@ from deploykit.types import Accuracy, Measurement
 
 __all__ = [
     "REFUSED",
+    "TOO_NOISY",
     "bytes_text",
     "change",
     "clean",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 REFUSED = "refused: untrained weights"
+TOO_NOISY = "too noisy"
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -142,7 +144,7 @@ def ratio_short(measurement: Measurement) -> str:
     if ratio is None or ratio <= 0:
         return "–"
     if measurement.comparison_noisy:
-        return "too noisy"
+        return TOO_NOISY
     low, high = measurement.ratio_low, measurement.ratio_high
     if low is not None and high is not None and low <= 1 <= high:
         return "no clear change"
