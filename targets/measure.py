@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from deploykit.errors import MeasurementError, TargetMissingError, UsageError
 from deploykit.targets.child import WORKER, ask
 from deploykit.targets.device import allowed_cores, pick_cores
+from deploykit.targets.exclusive import measuring_alone
 from deploykit.targets.registry import get_target
 from deploykit.types import Measurement
 
@@ -29,6 +30,7 @@ _TIMING_SHARE = 0.85  # of the progress bar
 _SILENCE_SECONDS = 600.0
 
 
+@measuring_alone()
 def measure(
     target: str,
     artifacts: Sequence[tuple[str, str | os.PathLike[str], str]],
