@@ -44,6 +44,7 @@ from deploykit.cli_options import (
 from deploykit.cli_prune import prune
 from deploykit.cli_sensitivity import sensitivity
 from deploykit.cli_split import split
+from deploykit.cli_sweep import sweep
 from deploykit.errors import DeploykitError, ExitCode
 
 app = typer.Typer(
@@ -138,6 +139,7 @@ def compress(
 app.command()(prune)
 app.command()(split)
 app.command()(sensitivity)
+app.command()(sweep)
 
 
 @app.command("list")
@@ -308,7 +310,7 @@ def _main(argv: list[str] | None) -> int:
     except DeploykitError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        resumable = arguments[:1] in (["compress"], ["prune"], ["split"])
+        resumable = arguments[:1] in (["compress"], ["prune"], ["split"], ["sweep"])
         hint = "; run the same command with --resume to go on" if resumable else ""
         return _fail(f"interrupted{hint}", ExitCode.INTERRUPTED)
     except typer.TyperException as error:  # an unknown option, a missing argument
