@@ -1,5 +1,6 @@
-"""A process that tests kill: ``python -m tests.sweep_work SPEC OUT WORKERS local|ray`` runs, or goes
-on with, a sweep of pretended trials.
+"""A process for tests to kill: runs, or goes on with, a sweep of pretended trials.
+
+python -m tests.sweep_work SPEC OUT WORKERS local|ray
 """
 
 from __future__ import annotations

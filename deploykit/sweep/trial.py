@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from deploykit.errors import DeploykitError, ExitCode, UsageError, one_line
+from deploykit.fsio import atomic_write_text
 
 __all__ = ["COMPRESS", "TrialRequest", "compress_trial", "run_trial"]
 
@@ -125,7 +126,7 @@ def _child(text: str, connection: Connection[Any, Any]) -> None:
     watch = threading.Thread(target=_die_with_the_sweep, args=(connection, finished), daemon=True)
     watch.start()
     try:
-        result = _on_own_cores(request, connection)
+        result = _kept(request) or _keep(request, _on_own_cores(request, connection))
     except DeploykitError as error:
         result = _failed(one_line(error), error.exit_code)
     except MemoryError:
@@ -137,6 +138,26 @@ def _child(text: str, connection: Connection[Any, Any]) -> None:
         result = _failed(f"{type(error).__name__}: {one_line(error)}")
     finished.set()
     connection.send_bytes(json.dumps({"result": result}).encode())
+
+
+def _kept(request: TrialRequest) -> dict[str, Any] | None:
+    """The result of a trial that was finished when the sweep was killed before it knew."""
+    try:
+        found: dict[str, Any] = json.loads(_result_file(request).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _keep(request: TrialRequest, result: dict[str, Any]) -> dict[str, Any]:
+    if result["state"] == "complete":
+        atomic_write_text(_result_file(request), json.dumps(result))
+    return result
+
+
+def _result_file(request: TrialRequest) -> Path:
+    """Beside the trial's folder, whose name holds the recipe's hash."""
+    return Path(f"{request['out']}.json")
 
 
 def _die_with_the_sweep(connection: Connection[Any, Any], finished: threading.Event) -> None:
