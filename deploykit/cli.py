@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from deploykit.cli_check import check
+from deploykit.cli_history import history
 from deploykit.cli_options import (
     BatchSize,
     Calib,
@@ -140,6 +142,8 @@ app.command()(prune)
 app.command()(split)
 app.command()(sensitivity)
 app.command()(sweep)
+app.command()(check)
+app.command()(history)
 
 
 @app.command("list")
@@ -189,42 +193,6 @@ def inspect(
         print_json(found.model_dump_json())
     else:
         print_inspection(found, Console(highlight=False))
-    return 0
-
-
-@app.command()
-def check(
-    report: Annotated[Path, typer.Argument(help="report.json, or its folder.")],
-    max_drop: Annotated[float | None, typer.Option(help="Points of top-1 that may go.")] = None,
-    max_latency: Annotated[float | None, typer.Option(help="Limit of p50 in ms.")] = None,
-    max_latency_ratio: Annotated[
-        float | None, typer.Option(help="Limit of the time against the original's.")
-    ] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Limit of the file's size.")] = None,
-    baseline: Annotated[
-        Path | None, typer.Option(help="An earlier report to be no worse than.")
-    ] = None,
-    target: Annotated[str | None, typer.Option(help="Target the latency limits mean.")] = None,
-    as_json: Json = False,
-) -> int:
-    """Judge a report against limits or an earlier report; the exit code is the answer."""
-    from deploykit.report.gates import evaluate_gates, raise_for_gates
-    from deploykit.report.model import load_report
-    from deploykit.tables import gates_table
-
-    gates = evaluate_gates(
-        load_report(report),
-        max_drop=max_drop,
-        max_latency_ms=max_latency,
-        max_bytes=max_bytes,
-        max_latency_ratio=max_latency_ratio,
-        baseline=None if baseline is None else load_report(baseline),
-        target=target,
-    )
-    Console(stderr=as_json, highlight=False).print(gates_table(gates))
-    if as_json:
-        print_json(json.dumps([gate.model_dump(mode="json") for gate in gates]))
-    raise_for_gates(gates)
     return 0
 
 

@@ -12,14 +12,14 @@ from deploykit.report import view, wording
 from deploykit.report.html import VERDICTS
 from deploykit.report.model import Report
 
-__all__ = ["render_markdown"]
+__all__ = ["markdown_template", "render_markdown"]
 
 _SPECIAL = re.compile(r"([\\`*|\[\]~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
 def render_markdown(report: Report) -> str:
     """A verdict, one table, and what a reviewer asks next."""
-    return _template().render(
+    return markdown_template("report.md.j2").render(
         report=report,
         verdict=VERDICTS[report.verdict],
         icon={"good": "✅", "bad": "❌", "doubt": "⚠️"}[view.mood(report)],
@@ -39,7 +39,8 @@ def _escaped(value: object) -> Markup:
 
 
 @cache
-def _template() -> Template:
+def markdown_template(name: str) -> Template:
+    """A Markdown page of this folder: what is put into it can't become markup."""
     environment = Environment(
         loader=PackageLoader("deploykit.report", ""),
         autoescape=True,
@@ -49,4 +50,4 @@ def _template() -> Template:
         keep_trailing_newline=True,
         finalize=_escaped,
     )
-    return environment.get_template("report.md.j2")
+    return environment.get_template(name)
