@@ -41,7 +41,7 @@ def test_every_command_and_option_of_the_examples_exists() -> None:
     commands: Any = typer.main.get_command(app)
     lines = "\n".join([*(s["run"] for s in github_steps()), *gitlab_lines()]).splitlines()
     used = [line for line in lines if line.strip().startswith(".venv/bin/deploykit ")]
-    assert len(used) == 8
+    assert len(used) == 7
     for line in used:
         _, name, *words = shlex.split(line)
         known = {o for p in commands.commands[name].params for o in (*p.opts, *p.secondary_opts)}
