@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from deploykit.cli_bench import bench
+from deploykit.cli_check import check
+from deploykit.cli_history import history
 from deploykit.cli_options import (
     BatchSize,
     Calib,
@@ -47,6 +49,7 @@ from deploykit.cli_prune import prune
 from deploykit.cli_report import report_
 from deploykit.cli_sensitivity import sensitivity
 from deploykit.cli_split import split
+from deploykit.cli_sweep import sweep
 from deploykit.errors import DeploykitError, ExitCode
 
 app = typer.Typer(
@@ -151,6 +154,9 @@ app.command()(sensitivity)
 app.command()(bench)
 app.command()(profile)
 app.command("report")(report_)
+app.command()(sweep)
+app.command()(check)
+app.command()(history)
 
 
 @app.command("list")
@@ -200,42 +206,6 @@ def inspect(
         print_json(found.model_dump_json())
     else:
         print_inspection(found, Console(highlight=False))
-    return 0
-
-
-@app.command()
-def check(
-    report: Annotated[Path, typer.Argument(help="report.json, or its folder.")],
-    max_drop: Annotated[float | None, typer.Option(help="Points of top-1 that may go.")] = None,
-    max_latency: Annotated[float | None, typer.Option(help="Limit of p50 in ms.")] = None,
-    max_latency_ratio: Annotated[
-        float | None, typer.Option(help="Limit of the time against the original's.")
-    ] = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Limit of the file's size.")] = None,
-    baseline: Annotated[
-        Path | None, typer.Option(help="An earlier report to be no worse than.")
-    ] = None,
-    target: Annotated[str | None, typer.Option(help="Target the latency limits mean.")] = None,
-    as_json: Json = False,
-) -> int:
-    """Judge a report against limits or an earlier report; the exit code is the answer."""
-    from deploykit.report.gates import evaluate_gates, raise_for_gates
-    from deploykit.report.model import load_report
-    from deploykit.tables import gates_table
-
-    gates = evaluate_gates(
-        load_report(report),
-        max_drop=max_drop,
-        max_latency_ms=max_latency,
-        max_bytes=max_bytes,
-        max_latency_ratio=max_latency_ratio,
-        baseline=None if baseline is None else load_report(baseline),
-        target=target,
-    )
-    Console(stderr=as_json, highlight=False).print(gates_table(gates))
-    if as_json:
-        print_json(json.dumps([gate.model_dump(mode="json") for gate in gates]))
-    raise_for_gates(gates)
     return 0
 
 
@@ -309,7 +279,7 @@ def _main(argv: list[str] | None) -> int:
     except DeploykitError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        resumable = arguments[:1] in (["compress"], ["prune"], ["split"])
+        resumable = arguments[:1] in (["compress"], ["prune"], ["split"], ["sweep"])
         hint = "; run the same command with --resume to go on" if resumable else ""
         return _fail(f"interrupted{hint}", ExitCode.INTERRUPTED)
     except typer.TyperException as error:  # an unknown option, a missing argument

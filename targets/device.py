@@ -24,6 +24,7 @@ __all__ = [
     "allowed_cores",
     "describe",
     "peak_rss_bytes",
+    "physical_cores",
     "pick_cores",
     "pin",
 ]
@@ -68,6 +69,13 @@ def allowed_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def physical_cores() -> list[list[int]]:
+    """The allowed logical cores, those of one physical core together, sorted."""
+    allowed = allowed_cores()
+    groups = {tuple(sorted(_siblings(core) & set(allowed))) or (core,) for core in allowed}
+    return sorted(list(group) for group in groups)
 
 
 def pick_cores(threads: int) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deploykit.errors import MeasurementError, TargetMissingError, UsageError
+from deploykit.targets.exclusive import measuring_alone
 from deploykit.targets.place import place_of
 from deploykit.targets.registry import get_target
 from deploykit.types import Measurement
@@ -28,6 +29,7 @@ _TIMING_SHARE = 0.85  # of the progress bar
 _SILENCE_SECONDS = 600.0
 
 
+@measuring_alone()
 def measure(
     target: str,
     artifacts: Sequence[tuple[str, str | os.PathLike[str], str]],

@@ -70,3 +70,27 @@ def tiny_tokens(num_classes: int = CLASSES) -> nn.Module:
         "std": (0.25, 0.25, 0.25),
     }
     return net.eval()
+
+
+class Branching(nn.Module):
+    """What it computes hangs on the numbers it gets, which no captured graph can say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean((2, 3))
+        result: Tensor = self.head(-pooled if pooled.sum() > 0 else pooled)
+        return result
+
+
+def tiny_branching() -> nn.Module:
+    """A network that torch.export refuses."""
+    net: nn.Module = Branching()
+    net.deploykit_preprocessing = {
+        "size": SIZE,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+    }
+    return net.eval()

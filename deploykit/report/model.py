@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,6 +129,7 @@ class Report(Data):
         max_latency_ratio: float | None = None,
         baseline: Report | None = None,
         target: str | None = None,
+        targets: Sequence[str] | None = None,
     ) -> list[GateResult]:
         """Judge all limits (see ``evaluate_gates``) and give the gates if every one holds.
 
@@ -147,6 +149,7 @@ class Report(Data):
             max_latency_ratio=max_latency_ratio,
             baseline=baseline,
             target=target,
+            targets=targets,
         )
         raise_for_gates(gates)
         return gates
