@@ -8,6 +8,7 @@ measured anew in each sweep. Prints what held, and fails where something didn't.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ MODEL = "tests.tiny_models:tiny_hybrid"
 def write_inputs(folder: Path, trials: int) -> Path:
     """Images labelled with the float network's own answers, and the sweep's file."""
     sys.path.insert(0, str(ROOT))
-    from tests.tiny_models import tiny_hybrid
+    tiny_hybrid = importlib.import_module(MODEL.partition(":")[0]).tiny_hybrid
 
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (256, 4, 4, 3), dtype=np.uint8)

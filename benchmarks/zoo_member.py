@@ -28,7 +28,7 @@ from deploykit.export.target_reader import read_by
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.edit import makes_choices
 from deploykit.graph.macs import count_macs
-from deploykit.pipeline import SYMMETRY
+from deploykit.quantizing import SYMMETRY
 from deploykit.prune.merge_options import MergeOptions
 from deploykit.prune.merge_tokens import merge_tokens
 from deploykit.prune.structured import StructureOptions, prune_structure

@@ -156,7 +156,7 @@ def test_a_missing_runtime_is_exit_code_six(device: SshDevice, tmp_path: Path) -
     path = tmp_path / "model.ncnn"
     path.mkdir()
     with pytest.raises(TargetMissingError, match="pip install ncnn") as caught:
-        measure(device.target("cpu-ncnn"), [("original", path, "fp32")], input_shape=SHAPE)
+        measure(device.target("mobile-ncnn"), [("original", path, "fp32")], input_shape=SHAPE)
     one_line(caught.value)
     assert caught.value.exit_code == 6
 

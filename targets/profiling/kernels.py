@@ -68,7 +68,7 @@ class Reader(Protocol):
 _READERS = {
     "cpu-onnxruntime": "onnxruntime:OnnxRuntimeReader",
     "cpu-openvino": "openvino:OpenvinoReader",
-    "gpu-tensorrt": "tensorrt:TensorrtReader",
+    "cuda-tensorrt": "tensorrt:TensorrtReader",
 }
 
 

@@ -36,9 +36,9 @@ class TensorrtReader:
             TargetMissingError: a GPU or a library is missing.
             UsageError: the engine isn't for this GPU.
         """
-        from deploykit.targets.gpu_tensorrt import GpuTensorrt
+        from deploykit.targets.cuda_tensorrt import CudaTensorrt
 
-        runner: Any = GpuTensorrt().load(path, threads)
+        runner: Any = CudaTensorrt().load(path, threads)
         library, information = runner.inspected()
         times: dict[str, list[float]] = defaultdict(list)
         profiler = _profiler(library, times)
@@ -53,9 +53,9 @@ class TensorrtReader:
 
     def source(self, path: Path) -> SourceGraph:
         """See ``Reader.source``: the layers by the names that the engine gives them."""
-        from deploykit.targets.gpu_tensorrt import GpuTensorrt
+        from deploykit.targets.cuda_tensorrt import CudaTensorrt
 
-        runner: Any = GpuTensorrt().load(path, 1)
+        runner: Any = CudaTensorrt().load(path, 1)
         return engine_source(runner.inspected()[1])
 
     def undecorated(self, name: str) -> list[str]:

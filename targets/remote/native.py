@@ -63,6 +63,7 @@ class NativeTarget:
         self.name = name
         self.formats = inner.formats
         self.exporter = inner.exporter
+        self.floats = inner.floats
         self._address = address
         self._program = runner
         self._said: dict[str, Any] = {}

@@ -58,6 +58,7 @@ class PythonTarget:
         self.name = name
         self.formats = inner.formats
         self.exporter = inner.exporter
+        self.floats = inner.floats
         self._address = address
         self._inner = inner.name
         self._facts: dict[str, Any] | None = None

@@ -94,7 +94,7 @@ class SuperTokenAttention(nn.Module):
         tokens = sum_neighbours(_by_map(given, height, width))
         tokens = tokens / (sum_neighbours(_by_map(share, height, width)) + 1e-12)
         near = _by_cell(gather_neighbours(self.stoken_refine(tokens)))
-        out = (affinity @ near).unflatten(2, (s, s)).unflatten(1, (height, width))
+        out: Tensor = (affinity @ near).unflatten(2, (s, s)).unflatten(1, (height, width))
         out = out.permute(0, 5, 1, 3, 2, 4)  # (N, C, h, s, w, s)
         return out.flatten(4, 5).flatten(2, 3)
 
@@ -141,7 +141,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos_embed(x)
-        y = self.attn(self.norm1(x))
+        y: Tensor = self.attn(self.norm1(x))
         x = x + (self.gamma_1 * y if self.has_layer_scale else y)
         y = self.mlp(self.norm2(x))
         return x + (self.gamma_2 * y if self.has_layer_scale else y)
