@@ -28,11 +28,11 @@ from deploykit.export.target_reader import read_by
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.edit import makes_choices
 from deploykit.graph.macs import count_macs
-from deploykit.quantizing import SYMMETRY
 from deploykit.prune.merge_options import MergeOptions
 from deploykit.prune.merge_tokens import merge_tokens
 from deploykit.prune.structured import StructureOptions, prune_structure
 from deploykit.quant.quantize import QuantizeOptions, quantize
+from deploykit.quantizing import SYMMETRY
 from deploykit.recipe import ModelSection
 from deploykit.synthetic import synthetic_images
 from deploykit.targets.measure import measure
