@@ -27,7 +27,7 @@ def check_device(name: str) -> tuple[DeviceState, dict[str, str | None]]:
     if not is_remote(name):
         raise UsageError(f"{name}: no device can be read from it; wanted {GRAMMAR}")
     address, target = parse(name)
-    state = ask_device(session_on(address), address.python or "python3")
+    state = ask_device(session_on(address))
     place, _, query = name.partition("?")
     place = place.removesuffix("/" + target) if target else place.rstrip("/")
     rows = {}

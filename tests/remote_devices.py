@@ -179,4 +179,3 @@ def adb_device(folder: Path) -> Iterator[AdbDevice]:
     finally:
         daemon.kill()
         daemon.wait()
-        subprocess.run([adb, "disconnect", serial], capture_output=True, check=False)

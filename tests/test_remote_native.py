@@ -97,6 +97,7 @@ def test_it_is_timed_on_the_device(device: SshDevice, runner: Path, tmp_path: Pa
         assert len(one.device.pinned_to) == 1
 
 
+@pytest.mark.slow
 def test_it_is_pinned_to_the_cores_that_were_chosen(
     device: SshDevice, runner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_program_that_falls_silent_is_ended(
         quick(name(device, program), model(tmp_path / "a.tflite")[0], silence_seconds=1.0)
 
 
+@pytest.mark.slow
 def test_a_phone_s_program_is_named_by_a_variable(
     runner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +198,6 @@ def test_a_phone_s_program_is_named_by_a_variable(
         finally:
             close_sessions()
         assert phone.left() == []
-        subprocess.run(["adb", "kill-server"], capture_output=True, check=False)
+    subprocess.run(["adb", "kill-server"], capture_output=True, check=False)
     np.testing.assert_allclose(found, images.reshape(7, -1) @ weight + bias, rtol=1e-4, atol=1e-4)
     assert timed[0].p50_ms < 1  # type: ignore[index]

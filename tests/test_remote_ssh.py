@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -266,6 +267,28 @@ def test_what_is_killed_here_is_removed_there(device: SshDevice) -> None:
     child.kill()
     child.wait()
     assert device.left() == []
+
+
+def test_ctrl_c_leaves_nothing_there(device: SshDevice) -> None:
+    script = (
+        "import sys\n"
+        "from deploykit.targets.remote.address import parse\n"
+        "from deploykit.targets.remote.session import session_on\n"
+        f"session = session_on(parse({device.target()!r})[0])\n"
+        "print('open', flush=True)\n"
+        "session.run(['sh', '-c', 'echo $$ > pid; sleep 100'])\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"open\n"
+    (folder,) = device.tmp.iterdir()
+    pid = wait_for_text(folder / "pid")
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=30)
+    assert not folder.exists()  # removed before it ended, not by and by
+    assert ended(pid)
 
 
 def test_silence_for_minutes_counts_as_a_lost_network(device: SshDevice) -> None:

@@ -7,6 +7,7 @@ program of this machine to send and use instead of Python, see ``native.py``) be
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,11 @@ class Address:
     python: str | None = None
     tmp: str | None = None
     runner: str | None = None
+
+    @property
+    def interpreter(self) -> str:
+        """The Python to use there."""
+        return self.python or os.environ.get("DEPLOYKIT_DEVICE_PYTHON") or "python3"
 
     @property
     def device(self) -> str:

@@ -48,13 +48,13 @@ class DeviceState:
         return sorted(core.number for core in order[:count])
 
 
-def ask_device(session: Session, python: str) -> DeviceState:
+def ask_device(session: Session) -> DeviceState:
     """What the device says now.
 
     Raises:
         MeasurementError: it gave no answer.
     """
-    words = ["sh", "-c", scripts.FACTS, "deploykit", session.folder, python]
+    words = ["sh", "-c", scripts.FACTS, "deploykit", session.folder, session.address.interpreter]
     code, out, _ = session.run(words)
     if code != 0 or "machine=" not in out:
         raise MeasurementError(f"{session.address.device}: it doesn't say what it is")

@@ -171,7 +171,7 @@ class NativeTarget:
         return {"device": device, "measurements": timed}
 
     def _state(self) -> DeviceState:
-        return ask_device(session_on(self._address), self._address.python or "python3")
+        return ask_device(session_on(self._address))
 
     def _known(self) -> DeviceState:
         """What doesn't change while it is used."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,7 +180,7 @@ class PythonTarget:
         words = self._words(session, threads, _PROBE, self._inner, str(threads))
         with session.process(words) as command:
             answer = self._answer(session, command)
-        where, python = self._address.device, self._python
+        where, python = self._address.device, self._address.interpreter
         pip = f"on the device: {python} -m pip install"
         if answer["missing"]:
             wanted = dict.fromkeys([*NEEDED.values(), self._package or ""])
@@ -197,15 +196,18 @@ class PythonTarget:
 
     def _answer(self, session: Session, command: list[str]) -> dict[str, Any]:
         code, out, said = session.complete(command)
-        where = self._address.device
+        where, python = self._address.device, self._address.interpreter
         last = (said.strip().splitlines() or [f"exit code {code}"])[-1].strip()[:300]
         if code in (126, 127):
-            message = f"{where}: no {self._python} there ({last}); install Python 3.10 or newer, "
-            raise TargetMissingError(message + "or name one with ?python=/path")
+            message = (
+                f"{where}: no {python} there ({last}); install Python 3.10 or newer, or name one "
+                "with ?python=/path"
+            )
+            raise TargetMissingError(message)
         try:
             found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
         except (IndexError, ValueError):
-            message = f"{where}: {self._python} there cannot run the measuring program: {last}"
+            message = f"{where}: {python} there cannot run the measuring program: {last}"
             raise TargetMissingError(message) from None
         return found
 
@@ -213,10 +215,6 @@ class PythonTarget:
     def _package(self) -> str | None:
         return _PACKAGES.get(self._inner.rpartition("-")[2])
 
-    @property
-    def _python(self) -> str:
-        return self._address.python or os.environ.get("DEPLOYKIT_DEVICE_PYTHON") or "python3"
-
     def _words(self, session: Session, threads: int, module: str, *arguments: str) -> list[str]:
         variables = [f"{name}={threads}" for name in THREAD_VARIABLES]
-        return ["env", *variables, self._python, session.package(), module, *arguments]
+        return ["env", *variables, self._address.interpreter, session.package(), module, *arguments]
