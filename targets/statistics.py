@@ -66,9 +66,9 @@ def paired_ratio(samples: Samples, original: Samples, rng: np.random.Generator) 
     The median over blocks of (fastest call of the block / fastest of the original in the same
     block). What slows a whole block cancels; what slows single calls (the scheduler, another
     process) only ever adds time, so the fastest of a block is the one disturbed least (Chen and
-    Revels, "Robust benchmarking in noisy environments", 2016). Measured where other processes took
-    three quarters of the core: with the blocks' medians in place of their fastest calls, equal
-    models of 5 ms could not be told to be equal in 9 of 10 trials, with this in none. It may
+    Revels, "Robust benchmarking in noisy environments", 2016). On ten recorded series of 5 ms calls
+    on a crowded core, 4 s each, the blocks' medians left 9 undecided and this none; on a still more
+    crowded one 4 s were too short for this, too (12 of 15 undecided), and 30 s were enough. It may
     differ from the quotient of the two medians where one model's own time varies more.
     """
     ratios = samples.min(axis=1) / original.min(axis=1)

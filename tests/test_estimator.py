@@ -62,14 +62,16 @@ def test_a_miss_is_called_one() -> None:
     assert pool("a", {"x": [right] * 19 + [undecided]})["held"]
     missed = pool("a", {"x": [right] * 18 + [undecided] * 2})
     assert not missed["held"]
-    text = as_markdown(
-        {
-            "started": "now", "seed": 0, "wanted": 0.95, "more_work": 1.1, "pinned_to": [0],
-            "environment": {"cpu": "a"}, "taken_by_others": 0.5, "null":
-            {"p50_ns": 70.0, "p99_ns": 90.0, "samples": 9.0},
-            "simulated": pool("b", {"x": [right] * 20}), "real": missed,
-        }
-    )  # fmt: skip
+    facts = {"started": "now", "seed": 0}
+    real = {
+        "pinned_to": [0],
+        "environment": {"cpu": "a"},
+        "taken_by_others": 0.5,
+        "null": {"p50_ns": 70.0, "p99_ns": 90.0, "samples": 9.0},
+    }
+    simulated = {**facts, **pool("b", {"x": [right] * 20})}
+    text = as_markdown({"simulated": simulated, "real": {**facts, **real, **missed}})
     assert "## Simulated: held" in text
     assert "## Real: MISSED" in text
     assert "18 of 20 (90.0%" in text
+    assert "Real" not in as_markdown({"simulated": simulated})
