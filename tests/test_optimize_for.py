@@ -149,9 +149,11 @@ def test_where_quantising_does_not_pay_the_float_file_ships_also_when_resumed(
 
 
 def test_what_cannot_be_optimised_for_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"optimize_for 'cpu-openvino' must be one of the targets"):
+    with pytest.raises(
+        UsageError, match=r"optimize_for: 'cpu-openvino' must be one of the targets"
+    ):
         run(tmp_path / "out", optimize_for="cpu-openvino")
-    with pytest.raises(UsageError, match=r"optimize_for is not for algorithm nncf"):
+    with pytest.raises(UsageError, match=r"optimize_for: is not for algorithm nncf"):
         run(tmp_path / "out", algorithm="nncf")
     options = {**QUICK, "quantize": {"bits": "w8a8", "optimize_for": "cpu-ncnn"}}
     with pytest.raises((TargetMissingError, UsageError), match="ncnn"):
