@@ -213,7 +213,7 @@ class _Job:
         for exporter in self.exporters:
             for name, floats in self.floats.items():
                 # Steps on the way are there to be compared: one format is enough.
-                if name not in STAGES or exporter is self.exporters[0]:
+                if name not in STAGES or exporter.name in self.quantizing.step_formats:
                     artifacts.append(writer.write(exporter, name, floats, "fp32"))
             if main is not None:
                 model = self.quantized[exporter.profile]

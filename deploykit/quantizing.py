@@ -62,6 +62,13 @@ class Quantizing:
         return self._made[1]
 
     @property
+    def step_formats(self) -> set[str]:
+        """Formats that the steps between the original and the compressed model are written in."""
+        target = self.recipe.quantize.optimize_for
+        wanted = {self.exporters[0].name}
+        return wanted if target is None else wanted | {get_target(target).exporter}
+
+    @property
     def batch_size(self) -> int:
         """Of calibration; 1 where the model fixes it."""
         return self.recipe.calibration.batch_size if self.source.dynamic_batch else 1
