@@ -121,7 +121,7 @@ class ClassBlock(nn.Module):
         q = self.q(y[:, :1]).unflatten(-1, (self.heads, -1)).transpose(1, 2) * self.scale
         k, v = self.kv(y).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         attention = (q @ k.transpose(-2, -1)).softmax(-1)
-        token = x[:, :1] + self.proj((attention @ v).transpose(1, 2).flatten(2))
+        token: Tensor = x[:, :1] + self.proj((attention @ v).transpose(1, 2).flatten(2))
         token = token + self.mlp(self.norm2(token))
         return token
 
