@@ -29,4 +29,5 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def to_map(x: Tensor, height: int, width: int) -> Tensor:
     """(N, HW, C) to (N, C, H, W)."""
-    return x.transpose(1, 2).unflatten(2, (height, width))
+    out: Tensor = x.transpose(1, 2).unflatten(2, (height, width))
+    return out
