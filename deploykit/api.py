@@ -28,6 +28,7 @@ def options_to_recipe(
     weights: str | Path | None = None,
     num_classes: int | None = None,
     img_size: int | None = None,
+    insert: str | None = None,
     calib: str | Path | None = None,
     calib_images: int | None = None,
     data: str | Path | None = None,
@@ -55,6 +56,7 @@ def options_to_recipe(
         ("model", "weights"): None if weights is None else str(weights),
         ("model", "num_classes"): num_classes,
         ("model", "img_size"): img_size,
+        ("model", "insert"): insert,
         ("quantize", "bits"): bits,
         ("quantize", "algorithm"): algorithm,
         ("quantize", "compare"): compare,
@@ -110,7 +112,7 @@ def compress(
         overwrite: replace an earlier run's files in ``out``.
         quiet: no progress on standard error.
         **options: ``model``, ``bits``, ``algorithm``, ``compare``, ``preset``, ``time_budget``,
-            ``optimize_for``, ``weights``, ``num_classes``, ``img_size``, ``calib``,
+            ``optimize_for``, ``weights``, ``num_classes``, ``img_size``, ``insert``, ``calib``,
             ``calib_images``, ``data``, ``targets``, ``formats``, ``prune``, ``tokens``,
             ``sparsity``, ``recover``, ``recover_minutes``, ``threads``, ``batch_size``,
             ``max_drop``, ``max_latency_ms``, ``seed``; as on the command line.

@@ -20,6 +20,7 @@ __all__ = [
     "DataFolder",
     "Formats",
     "ImgSize",
+    "Insert",
     "Json",
     "MaxDrop",
     "MaxLatency",
@@ -52,6 +53,9 @@ Weights = Annotated[
 ]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of the head.")]
 ImgSize = Annotated[int | None, typer.Option(help="Input side in pixels.")]
+Insert = Annotated[
+    str | None, typer.Option(help="New layers in the network: ela_b, ulsam, gmm, e2gc_16 …")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 RecipeFile = Annotated[Path | None, typer.Option(help="Recipe file (YAML) to start from.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override: section.key=value.")]

@@ -121,6 +121,9 @@ class ModelSection(Section):
     num_classes: int | None = Field(default=None, gt=0, le=100_000)
     img_size: int | None = Field(default=None, gt=0, le=4096)
     preprocessing: Preprocessing | None = None
+    insert: str | None = Field(
+        default=None, description="new layers in the network: ela_b, ulsam, gmm, e2gc_16 …"
+    )
     classes: list[int] | None = Field(
         default=None, min_length=1, description="only these classes of the head, in this order"
     )

@@ -166,6 +166,9 @@ def test_a_sparse_code_is_one_step_of_ista() -> None:
     step = points @ d - points @ d.T @ d  # D^T z and D^T D z, for rows
     wanted = np.maximum(points + 0.1 * step - 0.1 * 0.1, 0)
     np.testing.assert_allclose(layer(z).detach().numpy(), wanted, atol=1e-5)
+    layer.reparameterize()
+    np.testing.assert_allclose(layer(z).detach().numpy(), wanted, atol=1e-5)
+    assert len(list(layer.parameters())) == 2
 
 
 def test_an_official_crate_checkpoint_of_another_size_loads() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import zoo
+from benchmarks import zoo, zoo_member
 from benchmarks.zoo_matrix import markdown
 from benchmarks.zoo_member import STEPS, cells
 from deploykit.backbones.registry import BackboneSpec, families
+from deploykit.errors import DeploykitError
 
 SHARD = os.environ.get("DEPLOYKIT_ZOO_SHARD", "1/1")
 """Which part of the zoo the slow test walks: ``i/n``."""
@@ -42,7 +43,24 @@ def test_families_and_members_are_named_in_any_spelling() -> None:
             zoo.chosen([], shard)
 
 
-def test_a_tiny_network_goes_through_every_step() -> None:
+def test_a_step_is_taken_refused_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(member: zoo_member.Member) -> dict[str, Any]:
+        raise DeploykitError("no such thing")
+
+    def broken(member: zoo_member.Member) -> dict[str, Any]:
+        raise KeyError("x")
+
+    some = {"capture": zoo_member.captured, "fp32": zoo_member.original}
+    monkeypatch.setattr(zoo_member, "STEPS", some | {"prune": refused, "merge": broken})
+    found = dict(cells("tests.tiny_models:tiny_hybrid"))
+    assert found["capture"]["dynamic_batch"] and found["capture"]["macs"] > 0
+    assert found["fp32"]["passed"] and found["fp32"]["batches"] == [1, 4]
+    assert found["prune"]["why"] == "no such thing"
+    assert found["merge"]["failed"] == "KeyError: 'x'"
+
+
+@pytest.mark.slow
+def test_a_small_network_goes_through_every_step() -> None:
     found = dict(cells("test_vit.r160_in1k"))
     assert list(found) == list(STEPS)
     assert not [cell["failed"] for cell in found.values() if "failed" in cell]

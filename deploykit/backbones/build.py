@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deploykit._compat import timm
 from deploykit.backbones.deploy_form import in_deploy_form
+from deploykit.backbones.inserting import host_section, refuse_finished, with_inserted
 from deploykit.backbones.onnx_file import build_onnx_file
 from deploykit.backbones.registry import arch_of, own_builder
 from deploykit.backbones.resolve import Resolved, resolve
@@ -63,6 +64,7 @@ def build_backbone(model: ModelSection, seed: int) -> tuple[Backbone, list[str]]
         model = model.model_copy(update={"img_size": model.preprocessing.size})
     if resolved.kind in ("onnx", "structure"):
         assert resolved.weights_path is not None
+        refuse_finished(model, resolved.name)
         read = build_onnx_file if resolved.kind == "onnx" else build_structure_file
         return read(resolved.weights_path, model, notes), notes
     if resolved.weights_path is not None and model.weights == "auto":
@@ -70,7 +72,9 @@ def build_backbone(model: ModelSection, seed: int) -> tuple[Backbone, list[str]]
     build = {"timm": _build_timm, "own": _build_own, "factory": _build_factory}[resolved.kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = build(resolved, model, seed, notes)
+        backbone = build(resolved, host_section(model), seed, notes)
+        if model.insert is not None:
+            backbone = with_inserted(backbone, model, seed, notes)
         module, note = in_deploy_form(backbone)
     if note is not None:
         notes.append(note)

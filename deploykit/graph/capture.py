@@ -78,6 +78,8 @@ def capture(backbone: Backbone) -> CapturedModel:
     """
     size = backbone.preprocessing.size
     module = copy.deepcopy(backbone.module)  # some models cache tensors in their first forward
+    module.train()  # leaving eval mode drops such caches: weights may have changed since
+    module.eval()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's notes to its own developers
         program, dynamic = export_program(module, torch.zeros(2, 3, size, size))

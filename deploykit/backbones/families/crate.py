@@ -52,18 +52,29 @@ class SubspaceAttention(nn.Module):
 class SparseCode(nn.Module):
     """One step of ISTA against a dictionary D (section 2.4); (N, L, C) to (N, L, C), ≥ 0.
 
-    ``relu(z + step (D^T z - D^T D z) - step * sparsity)``.
+    ``relu(z + step (D^T z - D^T D z) - step * sparsity)``. For deployment D and its transpose are
+    weights of their own, and two products do: ``D^T (z - D z)``.
     """
+
+    transposed: nn.Parameter | None
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, dim))
         nn.init.kaiming_uniform_(self.weight)
+        self.register_parameter("transposed", None)
 
     def forward(self, z: Tensor) -> Tensor:
-        transposed = self.weight.t()
-        residual = F.linear(z, transposed) - F.linear(F.linear(z, self.weight), transposed)
+        if self.transposed is not None:
+            residual = F.linear(z - F.linear(z, self.weight), self.transposed)
+        else:
+            transposed = self.weight.t()
+            residual = F.linear(z, transposed) - F.linear(F.linear(z, self.weight), transposed)
         return F.relu(z + _STEP * residual - _STEP * _STEP)
+
+    def reparameterize(self) -> None:
+        """Store the transpose beside D: a constant is quantised, what is computed of one isn't."""
+        self.transposed = nn.Parameter(self.weight.detach().t().contiguous(), requires_grad=False)
 
 
 class PreNorm(nn.Module):
