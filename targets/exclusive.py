@@ -41,33 +41,33 @@ def claim_cores(
     """Keep this process on ``threads`` physical cores that no other claimer here has.
 
     Waits until so many are free. The logical cores of the claimed ones are yielded, sorted.
-    Call it before a library counts the cores.
+    Call it before a library counts the cores. Where a system can't keep processes on cores
+    (macOS), all are claimed: one process at a time.
 
     Args:
         folder: of the locks; ``lock_folder()`` if None.
         waiting: called once when there is something to wait for.
 
     Raises:
-        UsageError: this process may not run on so many cores, or can't be kept on some.
+        UsageError: this process may not run on so many cores.
     """
     cores = physical_cores()
     if threads > len(cores):
         message = f"{threads} physical cores wanted, but this process may run on {len(cores)}"
         raise UsageError(message)
     folder = folder or lock_folder()
+    wanted = threads if hasattr(os, "sched_setaffinity") else len(cores)
     before = allowed_cores()
     with contextlib.ExitStack() as held:
-        claimed = _claim(cores, threads, folder, held)
+        claimed = _claim(cores, wanted, folder, held)
         if not claimed and waiting is not None:
             waiting()
         while not claimed:
             # of different length, so that two that want several cores don't meet for ever
             time.sleep(_PAUSE_SECONDS * (0.5 + random.random()))  # noqa: S311
-            claimed = _claim(cores, threads, folder, held)
+            claimed = _claim(cores, wanted, folder, held)
         logical = sorted(core for group in claimed for core in group)
-        if pin(logical) != logical:
-            message = "this system can't keep a process on cores of its own; run one at a time"
-            raise UsageError(message)
+        pin(logical)
         try:
             yield logical
         finally:

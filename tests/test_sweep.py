@@ -194,6 +194,7 @@ def test_two_claimers_have_no_core_in_common(tmp_path: Path) -> None:
 
 
 def request(tmp_path: Path, **changes: Any) -> TrialRequest:
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "trials").mkdir(exist_ok=True)
     facts: dict[str, Any] = {
         "number": 0, "recipe": {"quantize": {"bits": "w4a8", "edge_bits": 8}},
@@ -205,16 +206,64 @@ def request(tmp_path: Path, **changes: Any) -> TrialRequest:
 
 def test_whatever_a_trial_does_is_one_line(tmp_path: Path) -> None:
     assert run_trial(request(tmp_path))["bytes"] == 4800
+    diary = (tmp_path / "diary.jsonl").read_text()
+    assert run_trial(request(tmp_path))["bytes"] == 4800  # finished, and so not run again
+    assert (tmp_path / "diary.jsonl").read_text() == diary
     crash = {"quantize": {"bits": "w3a8", "edge_bits": 8, "softmax": "log2"}}
-    died = run_trial(request(tmp_path, recipe=crash))
+    died = run_trial(request(tmp_path / "b", recipe=crash))
     assert died["state"] == "failed" and "SIGABRT" in died["reason"]
-    wrong = run_trial(request(tmp_path, recipe={"quantize": {}}))
+    wrong = run_trial(request(tmp_path / "c", recipe={"quantize": {}}))
     assert wrong["reason"] == "KeyError: 'bits'" and wrong["exit_code"] == ExitCode.UNEXPECTED
-    late = run_trial(request(tmp_path, minutes=1e-6, work="tests.pretended_trial:sleep"))
+    late = run_trial(request(tmp_path / "d", minutes=1e-6, work="tests.pretended_trial:sleep"))
     assert "trial_minutes" in late["reason"]
     stop = threading.Event()
     stop.set()
-    assert run_trial(request(tmp_path), stop)["exit_code"] == ExitCode.INTERRUPTED
+    assert run_trial(request(tmp_path / "e"), stop)["exit_code"] == ExitCode.INTERRUPTED
+
+
+def test_without_affinity_one_claims_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity")
+    with claim_cores(1, tmp_path) as cores:
+        assert cores == sorted(core for group in physical_cores() for core in group)
+        assert len(list(tmp_path.glob("core-*.lock"))) == len(physical_cores())
+
+
+@pytest.mark.parametrize(("package", "options"), [("optuna", []), ("ray", ["--engine", "ray"])])
+def test_what_is_not_installed_is_exit_6(
+    package: str,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = write_spec(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    code = _main(["sweep", str(path), "-o", str(tmp_path / "out"), *options])
+    assert code == ExitCode.TARGET_MISSING
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "pip install" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--workers", "99"], "take fewer"),
+        (["--engine", "slurm"], "wanted local or ray, got 'slurm'"),
+        (["--ray-address", "auto"], "is for --engine ray"),
+        (["--storage", "nonsense"], "wanted a URL such as"),
+        (["--storage", "nosuch://host/db"], "can't be opened"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    options: list[str], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_spec(tmp_path)
+    assert _main(["sweep", str(path), "-o", str(tmp_path / "out"), *options]) == ExitCode.USAGE
+    (line,) = capfd.readouterr().err.splitlines()
+    assert words in line
 
 
 def test_a_sweep_records_failures_and_copies_and_says_who_is_best(tmp_path: Path) -> None:
@@ -251,6 +300,12 @@ def test_a_sweep_records_failures_and_copies_and_says_who_is_best(tmp_path: Path
     again = run(path, resume=True)  # nothing is left to do
     assert len((out / "diary.jsonl").read_text().splitlines()) == len(diary)
     assert again.front == report.front
+    # a failed trial runs again where that is asked, and may fail again
+    retried = run(path, resume=True, retry_failed=True)
+    assert [(t.number, t.reason) for t in retried.trials if t.state == "failed"] == [
+        (t.number, t.reason) for t in again.trials if t.state == "failed"
+    ]
+    assert finished(out) == len(again.trials) + 1
     other = write_spec(tmp_path, search={"quantize.bits": ["w8a8"]})
     with pytest.raises(UsageError, match="of other recipes, keys, sampler or seed"):
         run(other, resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -75,7 +76,8 @@ def run_sweep(
         lock.acquire()
     except Timeout:
         raise UsageError(f"output {out}: another sweep runs in it; wait for its end") from None
-    with lock:
+    with contextlib.ExitStack() as held:
+        held.callback(lock.release)  # entering the lock would hold it twice
         url = storage or f"sqlite:///{(out / 'sweep.db').absolute()}"
         store = Store(url, sweep, suggestions.distributions)
         job = _Job(sweep, out, store, engine, reporter, command, work)
