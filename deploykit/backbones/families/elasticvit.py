@@ -211,7 +211,9 @@ class ElasticViT(nn.Module):
         conv = nn.Conv2d(3, dims[0], 3, 2, 1, bias=False)
         stem: list[nn.Module] = [conv, nn.BatchNorm2d(dims[0]), nn.Hardswish()]
         for _ in range(depths[0]):
-            stem.append(MBConv(dims[0], dims[0], next(ratios), next(kernels), 1, side, squeeze=False))
+            stem.append(
+                MBConv(dims[0], dims[0], next(ratios), next(kernels), 1, side, squeeze=False)
+            )
         self.stem = nn.Sequential(*stem)
         self.stages = nn.ModuleList()
         for stage, stride in enumerate(_STRIDES):
