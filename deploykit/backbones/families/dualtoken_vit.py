@@ -227,7 +227,7 @@ class DualTokenViT(nn.Module):
             paper_name="DualToken-ViT-T (after the paper)", params_m=5.9, also=("dualtoken_t",)
         ),
         "dualtoken_vit_t_mix": Variant(
-            paper_name="DualToken-ViT-T mix (after the paper)", params_m=5.1
+            paper_name="DualToken-ViT-T mix (after the paper)", params_m=5.2
         ),
         "dualtoken_vit_s": Variant(
             paper_name="DualToken-ViT-S (after the paper)",
@@ -236,7 +236,7 @@ class DualTokenViT(nn.Module):
             headline=True,
         ),
         "dualtoken_vit_s_mix": Variant(
-            paper_name="DualToken-ViT-S mix (after the paper)", params_m=9.1
+            paper_name="DualToken-ViT-S mix (after the paper)", params_m=9.4
         ),
     },
     doc=82,
