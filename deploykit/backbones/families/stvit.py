@@ -96,7 +96,8 @@ class SuperTokenAttention(nn.Module):
         near = _by_cell(gather_neighbours(self.stoken_refine(tokens)))
         out: Tensor = (affinity @ near).unflatten(2, (s, s)).unflatten(1, (height, width))
         out = out.permute(0, 5, 1, 3, 2, 4)  # (N, C, h, s, w, s)
-        return out.flatten(4, 5).flatten(2, 3)
+        result: Tensor = out.flatten(4, 5).flatten(2, 3)
+        return result
 
 
 def _by_cell(x: Tensor) -> Tensor:
@@ -144,7 +145,8 @@ class Block(nn.Module):
         y: Tensor = self.attn(self.norm1(x))
         x = x + (self.gamma_1 * y if self.has_layer_scale else y)
         y = self.mlp(self.norm2(x))
-        return x + (self.gamma_2 * y if self.has_layer_scale else y)
+        out: Tensor = x + (self.gamma_2 * y if self.has_layer_scale else y)
+        return out
 
 
 def _stem(dim: int) -> nn.Sequential:
