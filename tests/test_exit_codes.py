@@ -17,7 +17,7 @@ from tests.factories import make_accuracy, make_measurement, make_parity, make_r
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "tests.tiny_models:tiny_hybrid"
-OFF_HERE = "gpu-tensorrt" if sys.platform == "darwin" else "mac-coreml"
+OFF_HERE = "cuda-tensorrt" if sys.platform == "darwin" else "coreml"
 
 
 def table() -> dict[int, str]:

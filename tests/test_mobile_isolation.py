@@ -64,7 +64,7 @@ def test_a_missing_environment_is_one_line_with_the_command(name: str, nowhere: 
     assert f"python -m deploykit.targets.environments {name}" in reason
     assert "\n" not in reason
     assert get_exporter(name).available() == reason
-    assert get_target(f"cpu-{name}").available() == reason
+    assert get_target(f"mobile-{name}").available() == reason
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
@@ -73,12 +73,12 @@ def test_using_a_missing_environment_is_exit_code_6(
 ) -> None:
     path = tmp_path / f"model.{FORMATS[name]}"
     path.write_bytes(b"")
-    target = get_target(f"cpu-{name}")
+    target = get_target(f"mobile-{name}")
     for use in (
         lambda: target.load(path, 1),
         target.runtime,
         lambda: target.kernels(path),
-        lambda: measure(f"cpu-{name}", [("original", path, "fp32")], input_shape=(3, 8, 8)),
+        lambda: measure(f"mobile-{name}", [("original", path, "fp32")], input_shape=(3, 8, 8)),
     ):
         with pytest.raises(TargetMissingError, match="environments") as caught:
             use()
@@ -88,7 +88,7 @@ def test_using_a_missing_environment_is_exit_code_6(
 
 def test_formats_and_targets_are_listed_whether_or_not_they_can_run(nowhere: Path) -> None:
     assert set(FORMATS) <= set(list_exporters())
-    assert {f"cpu-{name}" for name in FORMATS} <= set(list_targets())
+    assert {f"mobile-{name}" for name in FORMATS} <= set(list_targets())
 
 
 def test_an_environment_made_from_other_pins_is_not_used(ours: None, nowhere: Path) -> None:

@@ -155,9 +155,9 @@ def test_what_cannot_be_optimised_for_is_refused_before_any_work(tmp_path: Path)
         run(tmp_path / "out", optimize_for="cpu-openvino")
     with pytest.raises(UsageError, match=r"optimize_for: is not for algorithm nncf"):
         run(tmp_path / "out", algorithm="nncf")
-    options = {**QUICK, "quantize": {"bits": "w8a8", "optimize_for": "cpu-ncnn"}}
+    options = {**QUICK, "quantize": {"bits": "w8a8", "optimize_for": "mobile-ncnn"}}
     with pytest.raises((TargetMissingError, UsageError), match="ncnn"):
         deploykit.compress(
-            options, model="tests.tiny_models:tiny_hybrid", out=tmp_path, targets=["cpu-ncnn"]
+            options, model="tests.tiny_models:tiny_hybrid", out=tmp_path, targets=["mobile-ncnn"]
         )
     assert not (tmp_path / "out").exists()

@@ -229,8 +229,8 @@ def test_rounds_are_scaled_each_to_its_own_calls_and_nothing_is_dropped(
 
 
 def test_what_cannot_be_profiled_is_refused_in_one_line(files: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(TargetMissingError, match="no profiler of cpu-ncnn") as caught:
-        profile_files("cpu-ncnn", files, input_shape=SHAPE)
+    with pytest.raises(TargetMissingError, match="no profiler of mobile-ncnn") as caught:
+        profile_files("mobile-ncnn", files, input_shape=SHAPE)
     assert caught.value.exit_code == ExitCode.TARGET_MISSING
     assert set(profiled_targets()) <= set(list_targets())
     with pytest.raises(UsageError, match="no such file"):

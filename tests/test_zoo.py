@@ -68,7 +68,7 @@ def test_a_small_network_goes_through_every_step() -> None:
         assert found[step]["passed"] and found[step]["batches"] == [1, 4], step
     assert found["w4a4"]["bytes"] < found["w8a8"]["bytes"] < found["fp32"]["bytes"]
     assert found["latency"]["kernels"]
-    assert "tokens" in found["merge"]["why"] or found["merge"]["passed"]
+    assert found["merge"].get("passed") or "tokens" in found["merge"]["why"]
 
 
 def test_a_process_that_ends_early_says_why_and_nothing_else_is_lost() -> None:
