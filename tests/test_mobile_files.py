@@ -78,7 +78,7 @@ def test_float_convolutions(form: str, tmp_path: Path) -> None:
     assert row.top1_agreement == 100
     assert not result.dynamic_batch
     assert result.layers["float"] == 5
-    kernels = get_target(f"cpu-{form}").kernels(path)
+    kernels = get_target(f"mobile-{form}").kernels(path)
     assert all(kind.startswith("float ") for kind in kernels)
     assert sum(kernels.values()) >= 5
 
@@ -91,7 +91,7 @@ def test_integer_convolutions(form: str, precision: str, tmp_path: Path) -> None
     # far better than parity asks: the same codes, but for the head's input grid
     assert row.sqnr_db > row.noise_db
     assert result.layers["int8"] == 4
-    kernels = get_target(f"cpu-{form}").kernels(path)
+    kernels = get_target(f"mobile-{form}").kernels(path)
     assert kernels["int8 Conv"] == 3
     assert kernels["int8 DepthwiseConv"] == 1
     assert sum(count for kind, count in kernels.items() if "dynamic FullyConnected" in kind) == 1
@@ -102,7 +102,7 @@ def test_four_bit_linear_layers(form: str, tmp_path: Path) -> None:
     path, result, row = exported(form, "vit", "w4a8", tmp_path)
     assert row.passed, row
     assert result.layers["int4 dynamic"] == 8
-    assert get_target(f"cpu-{form}").kernels(path)["int4 dynamic FullyConnected"] == 8
+    assert get_target(f"mobile-{form}").kernels(path)["int4 dynamic FullyConnected"] == 8
     assert any("choose their input's grid" in note for note in result.notes)
 
 
@@ -127,7 +127,7 @@ def test_a_file_that_is_none_is_one_line(form: str, tmp_path: Path) -> None:
     else:
         path.write_bytes(b"garbage" * 100)
     with pytest.raises((UsageError, DeploykitError)) as caught:
-        get_target(f"cpu-{form}").load(path, 1)
+        get_target(f"mobile-{form}").load(path, 1)
     assert "\n" not in str(caught.value)
     assert "bad" in str(caught.value) or "died" in str(caught.value)
 
@@ -169,7 +169,7 @@ def test_what_executorch_cannot_lower_is_one_line(tmp_path: Path) -> None:
 def test_files_are_measured_where_their_runtime_is(form: str, tmp_path: Path) -> None:
     path, _, _ = exported(form, "cnn", "fp32", tmp_path)
     (row,) = measure(
-        f"cpu-{form}",
+        f"mobile-{form}",
         [("original", path, "fp32")],
         input_shape=(3, 32, 32),
         min_samples=16,
@@ -179,7 +179,7 @@ def test_files_are_measured_where_their_runtime_is(form: str, tmp_path: Path) ->
     )
     assert row.samples >= 16
     assert row.device.runtime.startswith(form)
-    assert row.kernels == get_target(f"cpu-{form}").kernels(path)
+    assert row.kernels == get_target(f"mobile-{form}").kernels(path)
 
 
 @pytest.mark.slow
