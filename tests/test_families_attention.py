@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from deploykit.backbones.checkpoint import load_strictly
 from deploykit.backbones.families.cas_vit import CasViT
@@ -23,8 +22,6 @@ from deploykit.backbones.layers.deformable import DeformablePatches
 from deploykit.backbones.layers.neighbours import gather_neighbours, sum_neighbours
 from deploykit.backbones.layers.relative_bias import relative_index, resized_bias
 from deploykit.backbones.registry import own_builder
-from deploykit.backbones.resolve import resolve
-from deploykit.errors import UsageError
 from tests.graphs import captured
 
 
@@ -354,66 +351,3 @@ def test_tensors_are_named_as_in_official_checkpoints(name: str) -> None:
     with torch.device("meta"):
         state = own_builder(name)[1](name, num_classes=1000, img_size=224).state_dict()
     assert set(OFFICIAL[name]) <= set(state)
-
-
-# ── Names and figures ─────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("typed", "name"),
-    [
-        ("PVT-Tiny", "pvt_v1_tiny"),
-        ("pvt", "pvt_v1_small"),
-        ("PVT v1", "pvt_v1_small"),
-        ("pvt-l", "pvt_v1_large"),
-        ("rcvit_xs", "casvit_xs"),
-        ("STViT-B", "stvit_b"),
-        ("SViT-L", "stvit_l"),
-        ("uniformer_small_plus", "uniformer_s_plus"),
-        ("ElasticViT-L1.5", "elasticvit_l1.5"),
-        ("tinymoat0", "tiny_moat_0"),
-        ("DualToken-ViT-S", "dualtoken_vit_s"),
-    ],
-)
-def test_spellings(typed: str, name: str) -> None:
-    assert resolve(typed).name == name
-
-
-def test_a_way_to_drop_tokens_is_no_backbone() -> None:
-    with pytest.raises(UsageError, match="semantic tokens"):
-        resolve("STViT-R")
-
-
-def test_a_side_that_does_not_fit_names_those_that_do() -> None:
-    with pytest.raises(UsageError, match="100: use 96 or 128"):
-        own_builder("litv2_s")[1]("litv2_s", num_classes=10, img_size=100)
-
-
-def test_stvit_counts_the_official_constants_apart() -> None:
-    for name, official in (("stvit_s", 25.50), ("stvit_b", 51.70), ("stvit_l", 94.98)):
-        with torch.device("meta"):
-            net = own_builder(name)[1](name, num_classes=1000, img_size=224)
-        blocks = sum(len(stage) for stage in net.layers)
-        count = sum(p.numel() for p in net.parameters()) + 162 * blocks
-        assert round(count / 1e6, 2) == official
-
-
-@pytest.mark.parametrize(
-    ("name", "published", "head", "tolerance"),
-    [
-        ("elasticvit_t1", 0.062, 3 * 272 * 6 * 272, 0.03),
-        ("elasticvit_s1", 0.219, 8 * 272 * 6 * 272, 0.03),
-        ("dualtoken_vit_t", 0.5, 0, 0.1),
-        ("dualtoken_vit_s", 1.0, 0, 0.1),
-    ],
-)
-def test_multiply_adds_are_near_the_papers(
-    name: str, published: float, head: int, tolerance: float
-) -> None:
-    """ElasticViT's are published with the first layer of the head counted for one token."""
-    variant, build = own_builder(name)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net = build(name, num_classes=1000, img_size=variant.input).eval()
-        net(torch.empty(1, 3, variant.input, variant.input))
-    count = counter.get_total_flops() / 2 - head
-    assert count / 1e9 == pytest.approx(published, rel=tolerance)
