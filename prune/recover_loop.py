@@ -31,6 +31,7 @@ Parts = Mapping[str, Mapping[str, float]]
 """By loss, by place, the weight of each part of the total."""
 
 _PACED_STEPS = 4
+_JUDGED_SHARE = 0.25  # of the time that evaluations may take, if they are to be several
 _RANGES_FASTER = 10.0
 
 
@@ -40,6 +41,7 @@ class _State:
 
     step: int = 0
     total: int = 0
+    evaluations: int = 1
     seconds: float = 0.0
     planned: bool = False
     finished: bool = False
@@ -79,7 +81,7 @@ class Training:
         self.teacher = teacher
         self.average = moving_average(self.student, options.ema_decay)
         self.stop = EarlyStop(options.patience, options.target_drop)
-        self.state = _State(total=self._steps_asked())
+        self.state = _State(total=self._steps_asked(), evaluations=options.evaluations)
         self.best: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.moments: dict[tuple[str, str], Tensor] = {}
@@ -133,11 +135,18 @@ class Training:
                     paced = self._clock()  # the first step is slower than others
                 if not state.planned and state.step == paced_from + 1 + _PACED_STEPS:
                     self._plan((self._clock() - paced) / _PACED_STEPS)
+                    state.planned = True
                 late = self._late()
                 if state.step % self._interval() and state.step < state.total and not late:
                     continue
                 stack.close()
+                clock = self._clock()
+                if (
+                    paced_from + 1 < state.step < state.total
+                ):  # a busy machine's pace changes: plan anew
+                    self._plan((clock - paced) / (state.step - paced_from - 1))
                 self._evaluate(float(schedule.get_last_lr()[0]))
+                paced += self._clock() - clock
                 state.seconds = self._clock()
                 self._save(optimizer)
                 if late and not self.stop.reason:
@@ -200,16 +209,22 @@ class Training:
         return time.monotonic() - self.began
 
     def _plan(self, step_seconds: float) -> None:
-        """Cut the number of steps to what fits into the time, evaluations included."""
+        """Cut the number of steps to what fits into the time, evaluations included.
+
+        Where evaluations would take much of the time there are fewer of them.
+        """
         state, limit = self.state, self.options.max_seconds
-        state.planned = True
         if limit is None:
             return
-        left = limit - self._clock() - self.judging * self.options.evaluations
-        fits = state.step + max(1, int(left / max(step_seconds, 1e-9)))
+        affordable = int(_JUDGED_SHARE * limit / max(self.judging, 1e-9))
+        evaluations = max(1, min(self.options.evaluations, affordable))
+        judging = self.judging * max(1, evaluations - len(state.history))
+        left = limit - self._clock() - judging
+        fits = state.step + max(0 if state.planned else 1, int(left / max(step_seconds, 1e-9)))
         from accelerate.utils import broadcast_object_list
 
-        (state.total,) = broadcast_object_list([min(state.total, fits)])
+        plan = [min(self._steps_asked(), fits), evaluations]
+        state.total, state.evaluations = broadcast_object_list(plan)
 
     def _late(self) -> bool:
         """Whether what is left is for one evaluation; the same answer in every process."""
@@ -230,7 +245,7 @@ class Training:
 
     def _interval(self) -> int:
         """Steps from one evaluation to the next."""
-        return max(1, math.ceil(self.state.total / self.options.evaluations))
+        return max(1, math.ceil(self.state.total / self.state.evaluations))
 
     def _next_stop(self) -> int:
         """The step of the next evaluation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from deploykit.graph.capture import CapturedModel
 from deploykit.graph.two_four import is_two_of_four
 from deploykit.prune.recover import RecoverOptions, recover
 from deploykit.prune.recover_checkpoint import CHECKPOINT_NAME
+from deploykit.prune.recover_judge import Judge
+from deploykit.prune.recover_stop import Judgement
 from tests.graphs import captured
 from tests.recovery import QUICK, Interrupt, Waves, cnn, damaged, kl, same, sparse_vit, vit, weights
 
@@ -215,6 +218,23 @@ def test_a_run_keeps_to_its_time() -> None:
     assert 0 < record.details["steps"] < 30_000
     assert record.details["seconds"] < 6
     assert record.details["history"][-1]["step"] == record.details["steps"]
+
+
+def test_slow_evaluations_do_not_take_the_time_of_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = Judge.__call__
+
+    def slowly(self: Judge, module: nn.Module) -> Judgement:
+        time.sleep(0.5)
+        return judge(self, module)
+
+    monkeypatch.setattr(Judge, "__call__", slowly)
+    teacher, student = cnn(), damaged(cnn())
+    options = replace(QUICK, epochs=10_000, max_seconds=3.0, evaluations=10)
+    _, record = recover(student, teacher, options, Waves(64))
+    assert len(record.details["history"]) <= 2
+    assert record.details["steps"] > 10
 
 
 # --- refusals ---
