@@ -34,14 +34,14 @@ OFFICIAL_GMACS = {
     "cvt_13": 4.57, "cvt_21": 7.18,
     "efficientvmamba_t": 0.66, "efficientvmamba_s": 1.14, "efficientvmamba_b": 3.69,
     "fcaformer_l1": 1.37, "fcaformer_l2": 3.60, "fcaformer_l3": 6.65, "fcaformer_l4": 14.49,
-    "hornet_t": 3.97, "hornet_t_gf": 3.89, "hornet_s": 8.81, "hornet_b": 15.57,
+    "hornet_tiny_7x7": 3.97, "hornet_tiny_gf": 3.89, "hornet_small_7x7": 8.81,
+    "hornet_base_7x7": 15.57,
     "illama_t": 1.25, "illama_s": 4.60, "illama_b": 17.56, "illama_l": 62.79,
-    "l2vit_t": 4.69, "l2vit_s": 8.98, "l2vit_b": 15.81,
+    "l2vit_tiny": 4.69, "l2vit_small": 8.98, "l2vit_base": 15.81,
     "litv2_s": 3.72, "litv2_m": 7.46, "litv2_b": 13.17,
     "pvt_v1_tiny": 1.93, "pvt_v1_small": 3.82, "pvt_v1_medium": 6.66, "pvt_v1_large": 9.81,
     "raftmlp_s": 2.09, "raftmlp_m": 4.27, "raftmlp_l": 6.54,
     "rmt_t": 2.64, "rmt_s": 4.78, "rmt_b": 10.37, "rmt_l": 19.49,
-    "sgformer_s": 4.78, "sgformer_m": 7.43, "sgformer_b": 15.54,
     "spectformer_h_s": 4.04, "spectformer_h_b": 6.59, "spectformer_h_l": 13.18,
     "spectformer_xs": 3.99, "spectformer_s": 6.63,
     "sret_t": 1.11, "sret_lt": 1.16, "sret_s": 4.17,
@@ -61,6 +61,7 @@ def count(name: str) -> tuple[int, int]:
     variant, build = own_builder(name)
     with torch.device("meta"):
         module = build(name, num_classes=1000, img_size=variant.input).eval()
+    module.requires_grad_(False)  # the counter stumbles over views of parameters
     side = variant.input
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(torch.empty(1, 3, side, side, device="meta"))
@@ -104,6 +105,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="families or names; prints them")
     args = parser.parse_args()
     found = [spec for spec in specs().values() if spec.source == "own"]
+    unknown = set(OFFICIAL_GMACS) - {spec.name for spec in found}
+    if unknown:
+        parser.error(f"OFFICIAL_GMACS names what isn't here: {', '.join(sorted(unknown))}")
     found.sort(key=lambda spec: (spec.family.lower(), spec.params_m or 0.0))
     if args.only:
         wanted = {squash(text) for text in args.only}

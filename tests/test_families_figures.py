@@ -16,6 +16,10 @@ from deploykit.errors import UsageError
     [
         ("PVT-Tiny", "pvt_v1_tiny"),
         ("pvt", "pvt_v1_small"),
+        ("hornet-t", "hornet_tiny_7x7"),
+        ("HorNet-S GF", "hornet_small_gf"),
+        ("cswin_tiny", "cswin_t"),
+        ("TransNeXt-T", "transnext_tiny"),
         ("PVT v1", "pvt_v1_small"),
         ("pvt-l", "pvt_v1_large"),
         ("rcvit_xs", "casvit_xs"),

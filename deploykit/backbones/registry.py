@@ -45,6 +45,7 @@ __all__ = [
 ENTRY_POINT_GROUP = "deploykit.backbones"
 NO_PLUGINS = "DEPLOYKIT_NO_PLUGINS"
 
+_SIZES = {"t": "tiny", "s": "small", "m": "medium", "b": "base", "l": "large", "xl": "xlarge"}
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -146,9 +147,19 @@ def own_builder(name: str) -> tuple[Variant, Builder]:
 
 
 def own_spellings() -> dict[str, str]:
-    """Further spellings of own backbones, and the names they stand for."""
+    """Further spellings of own backbones, and the names they stand for.
+
+    Papers and their code disagree on ``_t`` and ``_tiny``: both serve, unless one is taken.
+    """
     plugin_failures()
-    return {text: name for name, own in _OWN.items() for text in own.variant.also}
+    found = {text: name for name, own in _OWN.items() for text in own.variant.also}
+    for name in _OWN:
+        for letter, word in _SIZES.items():
+            for this, other in ((letter, word), (word, letter)):
+                text = re.sub(rf"_{this}(?=_|$)", f"_{other}", name)
+                if text not in _OWN:
+                    found.setdefault(text, name)
+    return found
 
 
 def normalise(name: str) -> str:

@@ -145,7 +145,8 @@ def _by_spelling() -> dict[str, BackboneSpec]:
         for text in {squash(spec.name), squash(spec.paper_name)}:
             table[text] = None if text in table else spec
     for text, name in own_spellings().items():
-        table[squash(text)] = None if squash(text) in table else known[name]
+        spec = known[name]
+        table[squash(text)] = spec if table.get(squash(text), spec) is spec else None
     return {text: spec for text, spec in table.items() if spec is not None}
 
 

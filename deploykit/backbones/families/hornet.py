@@ -149,7 +149,9 @@ def _mixer(dim: int, order: int, side: int, filter_shape: tuple[int, int] | None
 
 
 def _variant(name: str, params_m: float, *, headline: bool = False) -> Variant:
-    return Variant(paper_name=name, params_m=params_m, headline=headline)
+    size, kind = name.removeprefix("HorNet-").lower().split()
+    plain = (f"hornet_{size}",) if kind == "7x7" else ()
+    return Variant(paper_name=name, params_m=params_m, also=plain, headline=headline)
 
 
 @register_backbone(
