@@ -43,6 +43,17 @@ def test_what_holds_passes(limits: dict[str, Any]) -> None:
     assert {gate.name for gate in gates} == {"parity", *limits} - {"target"}
 
 
+def test_a_ratio_is_judged_by_its_own_noise() -> None:
+    wandering = report(measurements=[make_measurement(noisy=True, ratio_noisy=False)])
+    assert wandering.check(max_latency_ratio=0.5)
+    with pytest.raises(MeasurementError, match="median of"):
+        wandering.check(max_latency_ms=99)
+    torn = report(measurements=[make_measurement(noisy=False, ratio_noisy=True)])
+    assert torn.check(max_latency_ms=99)
+    with pytest.raises(MeasurementError, match="comparison with the original"):
+        torn.check(max_latency_ratio=0.5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "limits", "error", "code", "words"),
     [

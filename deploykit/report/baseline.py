@@ -113,7 +113,7 @@ def _ratio_against(name: str, measurement: Measurement, baseline: Report) -> Gat
     if old is None or old.ratio_high is None:
         return cannot(name, 0, f"the baseline has no latency ratio on {measurement.target}")
     limit, before = old.ratio_high, old
-    if old.noisy:
+    if old.comparison_noisy:
         reason = "the baseline's latency is too noisy to compare with; measure it again"
         return cannot(name, limit, reason, ExitCode.MEASUREMENT)
     if old.batch != measurement.batch:
@@ -132,7 +132,7 @@ def _ratio_against(name: str, measurement: Measurement, baseline: Report) -> Gat
         )
         return gate(name, limit, m.ratio_low, ExitCode.LATENCY, reason)
 
-    return timed(name, limit, measurement, judge)
+    return timed(name, limit, measurement, judge, ratio=True)
 
 
 def _compared(new: Measurement, old: Measurement) -> str:

@@ -232,14 +232,28 @@ def timed(
     limit: float,
     measurement: Measurement | None,
     judge: Callable[[Measurement], GateResult],
+    *,
+    ratio: bool = False,
 ) -> GateResult:
-    """Judge a latency, unless there is none or it is too noisy to be judged."""
+    """Judge a latency, or its ratio, unless there is none or it is too noisy to be judged.
+
+    A machine whose pace wanders can leave the ratio sharp and the median not, and the other way
+    round.
+    """
     if measurement is None:
         return cannot(name, limit, "latency was not measured; give --targets")
-    if measurement.noisy:
+    if measurement.comparison_noisy if ratio else measurement.noisy:
+        what, spread = (
+            ("comparison with the original", ratio_interval(measurement))
+            if ratio
+            else (
+                f"median of {ms(measurement.p50_ms)} ms",
+                f"95 % interval {interval(measurement)} ms",
+            )
+        )
         reason = (
-            f"the median of {ms(measurement.p50_ms)} ms on {measurement.target} is too noisy to "
-            f"judge (95 % interval {interval(measurement)} ms); measure again on a quiet machine"
+            f"the {what} on {measurement.target} is too noisy to judge ({spread}); measure again "
+            "on a quiet machine"
         )
         return cannot(name, limit, reason, ExitCode.MEASUREMENT)
     return judge(measurement)
@@ -266,7 +280,7 @@ def _ratio(name: str, measurement: Measurement | None, limit: float) -> GateResu
         )
         return gate(name, limit, m.ratio, ExitCode.LATENCY, reason)
 
-    return timed(name, limit, measurement, judge)
+    return timed(name, limit, measurement, judge, ratio=True)
 
 
 def ratio_interval(m: Measurement) -> str:
