@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from rich.text import Text
 
 from deploykit.bench import BenchReport, BenchRow, load_bench
 from deploykit.errors import UsageError
+from deploykit.json_output import print_json
 from deploykit.report import wording
 
 __all__ = ["bench_csv", "print_bench", "show_bench"]
@@ -100,8 +99,7 @@ def show_bench(path: Path, *, as_json: bool, pages: bool) -> bool:
         message = f"{path} is a bench report, which has no pages; leave -o and --markdown out"
         raise UsageError(message)
     if as_json:
-        # cli_options has this too, but only the command line may import that
-        sys.stdout.write(json.dumps(report.model_dump(mode="json"), ensure_ascii=False) + "\n")
+        print_json(report.to_json())
     else:
         print_bench(report, Console(highlight=False))
     return True

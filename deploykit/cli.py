@@ -42,7 +42,6 @@ from deploykit.cli_options import (
     Weights,
     carry_out,
     listed,
-    print_json,
     resolved,
 )
 from deploykit.cli_profile import profile
@@ -52,6 +51,7 @@ from deploykit.cli_sensitivity import sensitivity
 from deploykit.cli_split import split
 from deploykit.cli_sweep import sweep
 from deploykit.errors import DeploykitError, ExitCode
+from deploykit.json_output import print_json
 
 app = typer.Typer(
     add_completion=False,

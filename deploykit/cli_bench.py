@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deploykit.cli_options import ImgSize, Json, Overwrite, Seed, Targets, listed, print_json
+from deploykit.cli_options import ImgSize, Json, Overwrite, Seed, Targets, listed
+from deploykit.json_output import print_json
 
 __all__ = ["bench"]
 

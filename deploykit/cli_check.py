@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deploykit.cli_options import Json, listed, print_json
+from deploykit.cli_options import Json, listed
+from deploykit.json_output import print_json
 
 __all__ = ["check"]
 

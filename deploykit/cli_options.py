@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from deploykit.json_output import print_json
 
 if TYPE_CHECKING:
     from deploykit.recipe import Recipe
@@ -42,7 +43,6 @@ __all__ = [
     "Weights",
     "carry_out",
     "listed",
-    "print_json",
     "resolved",
 ]
 
@@ -107,11 +107,6 @@ def resolved(recipe: Path | None, overrides: list[str] | None, options: dict[str
     if recipe is not None:
         return load_recipe(recipe, overrides or [], options)
     return build_recipe(apply_overrides(options, overrides or []))
-
-
-def print_json(text: str) -> None:
-    """JSON text as one line on standard output."""
-    sys.stdout.write(json.dumps(json.loads(text), ensure_ascii=False) + "\n")
 
 
 def carry_out(

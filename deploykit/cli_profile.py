@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from deploykit.cli_options import BatchSize, ImgSize, Json, Threads, print_json
+from deploykit.cli_options import BatchSize, ImgSize, Json, Threads
+from deploykit.json_output import print_json
 
 __all__ = ["profile"]
 

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deploykit.cli_options import Json, print_json
+from deploykit.cli_options import Json
+from deploykit.json_output import print_json
 
 __all__ = ["report_"]
 

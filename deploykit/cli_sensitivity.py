@@ -22,9 +22,9 @@ from deploykit.cli_options import (
     Seed,
     Set,
     Weights,
-    print_json,
     resolved,
 )
+from deploykit.json_output import print_json
 
 __all__ = ["sensitivity"]
 

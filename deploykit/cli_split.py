@@ -32,9 +32,9 @@ from deploykit.cli_options import (
     Tokens,
     Weights,
     listed,
-    print_json,
     resolved,
 )
+from deploykit.json_output import print_json
 
 __all__ = ["split"]
 

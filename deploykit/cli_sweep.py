@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from deploykit.cli_options import Json, Overwrite, Resume, print_json
+from deploykit.cli_options import Json, Overwrite, Resume
 from deploykit.errors import ExitCode
+from deploykit.json_output import print_json
 
 __all__ = ["sweep"]
 

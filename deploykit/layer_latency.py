@@ -7,13 +7,11 @@ all alike; a layer's time is its median over the rounds.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +20,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from deploykit.errors import (
-    DeploykitError,
-    MeasurementError,
-    TargetMissingError,
-    UsageError,
-)
+from deploykit.errors import MeasurementError, TargetMissingError, UsageError
 from deploykit.fsio import atomic_write_bytes
 from deploykit.prune.latency import LayerShape
+from deploykit.targets.answering import Emit, answer_request, end_with
 from deploykit.targets.child import ask
 from deploykit.targets.device import pick_cores, pin
-from deploykit.targets.ending import end_with
 from deploykit.targets.place import Here, place_of
+from deploykit.targets.protocol import time_calls
 from deploykit.targets.registry import get_target
 
 __all__ = ["layer_file", "main", "measure_layers"]
@@ -174,18 +168,10 @@ def _file(
 
 def main() -> int:
     """Answer the request on standard input; exit code 0 when an answer was sent."""
-    events = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # native libraries print on standard output, now on standard error
-    try:
-        answer = {"event": "result", "ms": _times(json.loads(sys.stdin.buffer.read()))}
-    except DeploykitError as error:
-        answer = {"event": "error", "kind": type(error).__name__, "message": str(error)}
-    events.write(json.dumps(answer) + "\n")
-    events.flush()
-    return 0
+    return answer_request(_times)
 
 
-def _times(request: dict[str, Any]) -> list[float]:
+def _times(request: dict[str, Any], _emit: Emit) -> dict[str, list[float]]:
     pin(request["cores"])
     target, rng = get_target(request["target"]), np.random.default_rng(0)
     loaded = []
@@ -197,17 +183,10 @@ def _times(request: dict[str, Any]) -> list[float]:
     rounds: list[list[float]] = [[] for _ in loaded]
     for _ in range(_ROUNDS):
         for (runner, image), medians in zip(loaded, rounds, strict=True):
-            runner(image)  # the layers before it have taken the caches
-            calls: list[float] = []
-            started = time.perf_counter()
-            while len(calls) < _LEAST_CALLS or (
-                len(calls) < _MOST_CALLS and time.perf_counter() - started < _BURST_SECONDS
-            ):
-                before = time.perf_counter_ns()
-                runner(image)
-                calls.append((time.perf_counter_ns() - before) / 1e6)
+            call = partial(runner, image)
+            calls = time_calls(call, _BURST_SECONDS, least=_LEAST_CALLS, most=_MOST_CALLS)
             medians.append(statistics.median(calls))
-    return [statistics.median(medians) for medians in rounds]
+    return {"ms": [statistics.median(medians) for medians in rounds]}
 
 
 if __name__ == "__main__":

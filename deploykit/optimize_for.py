@@ -13,6 +13,7 @@ from deploykit.artifacts import loadable
 from deploykit.export.registry import Exporter, Source
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.quantized import QuantizedModel
+from deploykit.latency import measure_as_asked
 from deploykit.latency_table import PLAIN
 from deploykit.layer_profile import layer_costs
 from deploykit.placement import compare_layers
@@ -25,7 +26,6 @@ from deploykit.quant.quantize import quantize
 from deploykit.quant.symmetry import Symmetry
 from deploykit.quantize_options import quantize_options
 from deploykit.recipe import QuantizeSection, Recipe
-from deploykit.targets.measure import measure
 from deploykit.targets.registry import get_target
 from deploykit.types import Artifact, LayerProfile, Measurement
 from deploykit.workspace import Workspace
@@ -228,18 +228,7 @@ class PlacementSearch:
         )
 
     def _measure(self, what: str, files: list[tuple[str, Path]]) -> list[Measurement]:
-        section, size = self.recipe.measure, self.source.backbone.preprocessing.size
+        size = self.source.backbone.preprocessing.size
         with self.reporter.step(f"time the {what} on {self.target}", total=1.0) as advance:
-            return measure(
-                self.target,
-                [(name, path, "") for name, path in files],
-                batch=section.batch_size,
-                input_shape=(3, size, size),
-                threads=section.threads,
-                min_samples=section.min_samples,
-                min_seconds=section.min_seconds,
-                max_seconds=section.max_seconds,
-                warmup_seconds=section.warmup_seconds,
-                seed=self.recipe.seed,
-                progress=as_fractions(advance),
-            )
+            named = [(name, path, "") for name, path in files]
+            return measure_as_asked(self.recipe, self.target, named, size, advance)

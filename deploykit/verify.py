@@ -20,11 +20,11 @@ from deploykit.graph.capture import CapturedModel
 from deploykit.graph.edit import makes_choices
 from deploykit.graph.quantized import FLOAT, QuantizedModel, has_activation_quantizers
 from deploykit.images import Images
+from deploykit.latency import measure_as_asked
 from deploykit.progress import Reporter
 from deploykit.recipe import Recipe
 from deploykit.runtimes import import_onnxruntime
 from deploykit.targets.device import allowed_cores
-from deploykit.targets.measure import measure
 from deploykit.targets.registry import Target
 from deploykit.types import Accuracy, Artifact, Backbone, Measurement, ParityRow
 from deploykit.workspace import Workspace
@@ -310,32 +310,14 @@ def measure_latency(
     targets: Sequence[Target],
 ) -> list[Measurement]:
     """Latency and memory of all artefacts on every target, interleaved, in fresh processes."""
-    section, size = recipe.measure, backbone.preprocessing.size
+    size = backbone.preprocessing.size
     results: list[Measurement] = []
     for target in targets:
 
         def compute(target: Target = target) -> list[dict[str, object]]:
             with reporter.step(f"latency on {target.name}", total=1.0) as advance:
-                seen = 0.0
-
-                def progress(fraction: float, _: str) -> None:
-                    nonlocal seen
-                    advance(max(fraction - seen, 0.0))
-                    seen = max(fraction, seen)
-
-                found = measure(
-                    target.name,
-                    [(a.name, a.path, a.precision) for a in loadable(artifacts, target)],
-                    batch=section.batch_size,
-                    input_shape=(3, size, size),
-                    threads=section.threads,
-                    min_samples=section.min_samples,
-                    min_seconds=section.min_seconds,
-                    max_seconds=section.max_seconds,
-                    warmup_seconds=section.warmup_seconds,
-                    seed=recipe.seed,
-                    progress=progress,
-                )
+                files = [(a.name, a.path, a.precision) for a in loadable(artifacts, target)]
+                found = measure_as_asked(recipe, target.name, files, size, advance)
             formats = {a.name: a.format for a in loadable(artifacts, target)}
             return [
                 m.model_copy(update={"format": formats[m.artifact]}).model_dump(mode="json")

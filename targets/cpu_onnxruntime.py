@@ -13,7 +13,7 @@ from deploykit.errors import MeasurementError, UsageError, one_line
 from deploykit.runtimes import import_onnxruntime, why_not
 from deploykit.targets.registry import FloatArray, Runner, register_target
 
-__all__ = ["CpuOnnxRuntime"]
+__all__ = ["CpuOnnxRuntime", "open_session", "timed_options"]
 
 
 _INT8 = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger",
@@ -69,35 +69,53 @@ class CpuOnnxRuntime:
             TargetMissingError: onnxruntime is not installed.
             UsageError: the file is not there, or is no model with one input.
         """
-        onnxruntime = import_onnxruntime()
-        if not path.is_file():
-            message = f"{path}: no such file"
-            raise UsageError(message)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.use_deterministic_compute = True
-        options.log_severity_level = 3  # errors only
-        # Idle pool threads spin for 10 ms and more after a run, on the cores of the model timed
-        # next. Stopped at the end of each run they cost nothing within it (measured: as fast as
-        # the default); without any spinning, many small operators ran 20 % slower on two threads.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        # By default the runtime quantises the activations of weight-only layers by itself.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        try:
-            session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions share no base of their own
-            message = f"{path}: onnxruntime cannot load it: {one_line(error)}"
-            raise UsageError(message) from error
+        session = open_session(path, timed_options(threads))
         inputs = session.get_inputs()
         if len(inputs) != 1:
             message = f"{path}: wanted a model with one input, it has {len(inputs)}"
             raise UsageError(message)
         return _Session(session, inputs[0].name, path)
+
+
+def timed_options(threads: int) -> Any:
+    """The session options that files are timed with.
+
+    Raises:
+        TargetMissingError: onnxruntime is not installed.
+    """
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3  # errors only
+    # Idle pool threads spin for 10 ms and more after a run, on the cores of the model timed
+    # next. Stopped at the end of each run they cost nothing within it (measured: as fast as
+    # the default); without any spinning, many small operators ran 20 % slower on two threads.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # By default the runtime quantises the activations of weight-only layers by itself.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return options
+
+
+def open_session(path: Path, options: Any) -> Any:
+    """A session of the CPU provider.
+
+    Raises:
+        UsageError: the file is not there, or the runtime refuses it.
+    """
+    if not path.is_file():
+        message = f"{path}: no such file"
+        raise UsageError(message)
+    try:
+        return import_onnxruntime().InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # its exceptions share no base of their own
+        message = f"{path}: onnxruntime cannot load it: {one_line(error)}"
+        raise UsageError(message) from error
 
 
 class _Session:

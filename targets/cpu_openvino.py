@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ from deploykit.errors import MeasurementError, UsageError, one_line
 from deploykit.runtimes import import_openvino, kept_signal_stack, why_not
 from deploykit.targets.registry import FloatArray, Runner, register_target
 
-__all__ = ["CpuOpenvino"]
+__all__ = ["CpuOpenvino", "compile_file", "timed_options"]
 
 
+_PRECISION = {
+    # the default is bfloat16 where the CPU has it, and then "float" would not be float32
+    "INFERENCE_PRECISION_HINT": "f32",
+    # the default quantises activations of weight-only models to 8 bit behind our back
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+}
 _FLOATS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 _LAYERS = ("Convolution", "FullyConnected", "MatMul", "ScaledDotProductAttention")
 
@@ -43,8 +50,7 @@ class CpuOpenvino:
         Raises:
             TargetMissingError: openvino is not installed.
         """
-        options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-        compiled = _compile(path, options)
+        compiled = compile_file(path, _PRECISION)
         counts: Counter[str] = Counter()
         for node in compiled.get_runtime_model().get_ordered_ops():
             facts = node.get_rt_info()
@@ -61,26 +67,7 @@ class CpuOpenvino:
             TargetMissingError: openvino is not installed.
             UsageError: the file is not there, or is no model with one input.
         """
-        import_openvino()
-        if not path.is_file():
-            message = f"{path}: no such file"
-            raise UsageError(message)
-        options = {
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            # the default is bfloat16 where the CPU has it, and then "float" would not be float32
-            "INFERENCE_PRECISION_HINT": "f32",
-            # the default quantises activations of weight-only models to 8 bit behind our back
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            # the caller pins the process; the plugin would pin to cores of its own choice
-            "ENABLE_CPU_PINNING": False,
-        }
-        try:
-            compiled = _compile(path, options)
-        except Exception as error:  # its exceptions share no base of their own
-            message = f"{path}: openvino cannot load it: {one_line(error)}"
-            raise UsageError(message) from error
+        compiled = compile_file(path, timed_options(threads))
         if len(compiled.inputs) != 1:
             message = f"{path}: wanted a model with one input, it has {len(compiled.inputs)}"
             raise UsageError(message)
@@ -89,10 +76,36 @@ class CpuOpenvino:
         return _Request(request, compiled.outputs[0], path, _FLOATS.get(really, really))
 
 
-def _compile(path: Path, options: dict[str, Any]) -> Any:
-    with kept_signal_stack():
-        core = import_openvino().Core()
-        return core.compile_model(core.read_model(str(path)), "CPU", options)
+def timed_options(threads: int) -> dict[str, Any]:
+    """What the CPU plugin is told when files are timed."""
+    return {
+        **_PRECISION,
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        # the caller pins the process; the plugin would pin to cores of its own choice
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def compile_file(path: Path, options: Mapping[str, Any]) -> Any:
+    """A model compiled by the CPU plugin.
+
+    Raises:
+        TargetMissingError: openvino is not installed.
+        UsageError: the file is not there, or the runtime refuses it.
+    """
+    openvino = import_openvino()
+    if not path.is_file():
+        message = f"{path}: no such file"
+        raise UsageError(message)
+    try:
+        with kept_signal_stack():
+            core = openvino.Core()
+            return core.compile_model(core.read_model(str(path)), "CPU", dict(options))
+    except Exception as error:  # its exceptions share no base of their own
+        message = f"{path}: openvino cannot load it: {one_line(error)}"
+        raise UsageError(message) from error
 
 
 class _Request:

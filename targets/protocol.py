@@ -28,7 +28,16 @@ from deploykit.targets.statistics import (
     percentile,
 )
 
-__all__ = ["Progress", "Series", "Timing", "Warmup", "discredit", "run_protocol", "warm_up"]
+__all__ = [
+    "Progress",
+    "Series",
+    "Timing",
+    "Warmup",
+    "discredit",
+    "run_protocol",
+    "time_calls",
+    "warm_up",
+]
 
 Clock = Callable[[], int]
 Progress = Callable[[float, str], None]
@@ -110,6 +119,23 @@ def warm_up(call: Callable[[], object], limit: float, clock: Clock) -> Warmup:
         if stable or now - start >= limit * _NS:
             last = float(np.median(window)) if window else medians[-1]
             return Warmup(calls, (now - start) / _NS, last / 1e6, stable)
+
+
+def time_calls(call: Callable[[], object], seconds: float, *, least: int, most: int) -> list[float]:
+    """Milliseconds of calls one after the other, for ``seconds`` or ``least`` to ``most`` calls.
+
+    One untimed call is made first: what ran before has taken the caches.
+    """
+    call()
+    durations: list[float] = []
+    start = time.perf_counter()
+    while len(durations) < least or (
+        len(durations) < most and time.perf_counter() - start < seconds
+    ):
+        before = time.perf_counter_ns()
+        call()
+        durations.append((time.perf_counter_ns() - before) / 1e6)
+    return durations
 
 
 def run_protocol(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from deploykit.errors import DeploykitError, one_line
+from deploykit.targets.answering import end_with, private_stdout
 from deploykit.targets.registry import FloatArray, Runner, get_target
 
 __all__ = ["main", "pack", "unpack"]
@@ -44,8 +44,7 @@ def unpack(body: bytes) -> FloatArray:
 
 def main() -> int:
     """Answer until standard input ends."""
-    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # native libraries print to standard output
+    source, sink = sys.stdin.buffer, private_stdout()
     runners: list[Runner] = []
     while line := source.readline():
         request = json.loads(line)
@@ -85,12 +84,4 @@ def _answer(
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except (BrokenPipeError, KeyboardInterrupt):  # whoever asked is gone
-        code = 1
-    except Exception as error:
-        sys.stderr.write(f"{type(error).__name__}: {one_line(error)}\n")
-        code = 1
-    sys.stderr.flush()
-    os._exit(code)  # some runtimes hang or crash in their global destructors
+    end_with(main)

@@ -7,25 +7,17 @@ threads and memory would be measured too, hence neither ``deploykit.types`` nor 
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from deploykit.errors import (
-    DeploykitError,
-    TargetMissingError,
-    UsageError,
-    one_line,
-)
+from deploykit.errors import TargetMissingError, UsageError, one_line
+from deploykit.targets.answering import Emit, answer_request, end_with
 from deploykit.targets.device import Neighbours, describe, peak_rss_bytes, pin
-from deploykit.targets.ending import end_with
 from deploykit.targets.energy import Meter, NvmlMeter, energy_of_a_call, find_rapl
 from deploykit.targets.machine_state import read_state, throttled_between
 from deploykit.targets.nvml import Gpu, find_gpu
@@ -59,33 +51,13 @@ class Request(TypedDict):
     seed: int
 
 
-Emit = Callable[[dict[str, Any]], None]
-
-
 def main() -> int:
     """Answer the request on standard input; exit code 0 when an answer was sent."""
-    events = _private_stdout()
-
-    def emit(event: dict[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
-
-    try:
-        request: Request = json.loads(sys.stdin.buffer.read())
-        answer = _memory(request) if request["mode"] == "memory" else _time(request, emit)
-        emit({"event": "result", **answer})
-    except DeploykitError as error:
-        emit({"event": "error", "kind": type(error).__name__, "message": str(error)})
-    except MemoryError:
-        emit({"event": "error", "kind": "MeasurementError", "message": "out of memory"})
-    return 0
+    return answer_request(_answer)
 
 
-def _private_stdout() -> TextIO:
-    """Keep standard output for events: native libraries print there, now to standard error."""
-    events = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)
-    return events
+def _answer(request: Request, emit: Emit) -> dict[str, Any]:
+    return _memory(request) if request["mode"] == "memory" else _time(request, emit)
 
 
 def _usable(request: Request) -> Target:

@@ -18,7 +18,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import deploykit
-from deploykit import pipeline, verify
+from deploykit import latency, pipeline, verify
 from deploykit.cli import _main
 from deploykit.errors import DeploykitError, ExitCode, TargetMissingError, UsageError
 from deploykit.pipeline import default_output
@@ -314,7 +314,7 @@ def test_an_interrupted_run_does_not_quantise_again(
 
     options = {**tiny_options, "algorithm": "nncf", "out": tmp_path / "out"}
     with monkeypatch.context() as patch:
-        patch.setattr(verify, "measure", interrupt)
+        patch.setattr(latency, "measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             deploykit.compress(**options)
     first = (tmp_path / "out" / "model.onnx").read_bytes()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import deploykit
-from deploykit import fsio, verify
+from deploykit import fsio, latency, verify
 from deploykit.artifacts import size_and_hash
 from deploykit.errors import AccuracyGateError, ExitCode, ParityError, UsageError
 from deploykit.quant import calibrate as calibrate_module
@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(verify, "measure", interrupt)
+        patch.setattr(latency, "measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             deploykit.compress(**tiny_options, out=out)
     first = (out / "model.onnx").read_bytes()

@@ -30,7 +30,7 @@ from deploykit.backbones.weights import (
     read_checkpoint,
     sha256_of,
 )
-from deploykit.errors import UsageError
+from deploykit.errors import UsageError, one_line
 from deploykit.recipe import ModelSection
 from deploykit.types import Backbone, Preprocessing, WeightsOrigin
 
@@ -344,7 +344,7 @@ def _factory_preprocessing(
     try:
         own = Preprocessing(**{**defaults, **values})
     except (TypeError, ValueError) as error:
-        what = " ".join(str(error).split())[:200]
+        what = one_line(error, 200)
         message = f"model {name}: deploykit_preprocessing isn't usable ({what})"
         raise UsageError(f"{message}; keys: {', '.join(Preprocessing.model_fields)}") from error
     return own.model_copy(update={"size": model.img_size}) if model.img_size else own
@@ -359,7 +359,7 @@ def _check_output(module: nn.Module, size: int, name: str, *, checked: bool) -> 
         with torch.no_grad():
             output = module(torch.zeros(1, 3, size, size))
     except Exception as error:  # a network's refusals have no common type
-        what = " ".join(str(error).split())[:200]
+        what = one_line(error, 200)
         message = f"model {name} fails on a {size}×{size} image ({what}); give another img_size"
         raise UsageError(message) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or not output.is_floating_point():

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from deploykit.errors import one_line
 from deploykit.synthetic import synthetic_images
 from deploykit.types import Backbone
 
@@ -45,7 +46,7 @@ def in_deploy_form(backbone: Backbone) -> tuple[nn.Module, str | None]:
             count = _merge(merged)
             before, after = module(images), merged.eval()(images)
         except Exception as error:  # blocks of any package, with failures of any type
-            what = " ".join(str(error).split())[:120]
+            what = one_line(error, 120)
             return module, f"branches for training are kept: merging them failed ({what})"
         difference = float((before - after).abs().max() / before.abs().max().clamp(min=1e-12))
     if not difference <= _TOLERANCE:  # a NaN isn't

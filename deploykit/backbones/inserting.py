@@ -9,7 +9,7 @@ import torch
 
 from deploykit.backbones.inserts.registry import insert_layers
 from deploykit.backbones.weights import load_strictly, make_testable, read_checkpoint, sha256_of
-from deploykit.errors import UsageError
+from deploykit.errors import UsageError, one_line
 from deploykit.recipe import ModelSection
 from deploykit.types import Backbone, WeightsOrigin
 
@@ -52,7 +52,7 @@ def with_inserted(backbone: Backbone, model: ModelSection, seed: int, notes: lis
         with torch.no_grad():
             module(torch.zeros(1, 3, size, size))
     except Exception as error:  # a host's refusals have no common type
-        what = " ".join(str(error).split())[:200]
+        what = one_line(error, 200)
         raise UsageError(f"model.insert {name}: {backbone.name} fails with it ({what})") from error
     notes.append(f"{name} inserted in {places} {'place' if places == 1 else 'places'}")
     if _is_file(model.weights):

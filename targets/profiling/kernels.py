@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -11,7 +12,7 @@ from deploykit.errors import TargetMissingError
 from deploykit.targets.profiling.ownership import SourceGraph
 from deploykit.targets.registry import FloatArray
 
-__all__ = ["KINDS", "Kernel", "Kind", "Reader", "get_reader", "profiled_targets"]
+__all__ = ["KINDS", "Kernel", "Kind", "Reader", "get_reader", "profiled_targets", "without_endings"]
 
 Kind = Literal["compute", "quantise", "reformat", "other"]
 """Of a kernel: products and convolutions; codes from floats and floats from codes; values moved,
@@ -63,6 +64,15 @@ class Reader(Protocol):
     def undecorated(self, name: str) -> list[str]:
         """A kernel's name without what the runtime appends, one ending less each time."""
         ...
+
+
+def without_endings(name: str, ending: re.Pattern[str]) -> list[str]:
+    """The name with one ``ending`` less, with two less, and so on until none is left."""
+    found = []
+    while (bare := ending.sub("", name)) != name:
+        found.append(bare)
+        name = bare
+    return found
 
 
 _READERS = {

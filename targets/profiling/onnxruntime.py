@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.errors import MeasurementError, UsageError, one_line
-from deploykit.runtimes import import_onnxruntime
-from deploykit.targets.profiling.kernels import Kernel, Kind
+from deploykit.targets.cpu_onnxruntime import open_session, timed_options
+from deploykit.targets.profiling.kernels import Kernel, Kind, without_endings
 from deploykit.targets.profiling.ownership import SourceGraph, SourceNode
 from deploykit.targets.registry import FloatArray
 
@@ -37,26 +37,11 @@ class OnnxRuntimeReader:
 
     def kernels(self, path: Path, threads: int, images: FloatArray, calls: int) -> list[Kernel]:
         """See ``Reader.kernels``."""
-        onnxruntime = import_onnxruntime()
         with tempfile.TemporaryDirectory() as folder:
-            options = onnxruntime.SessionOptions()
+            options = timed_options(threads)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
-            options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-            options.use_deterministic_compute = True
-            options.log_severity_level = 3
-            # As the timed sessions have it, lest other kernels be chosen here.
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-            try:
-                session = onnxruntime.InferenceSession(
-                    str(path), options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:  # its exceptions share no base of their own
-                message = f"{path}: onnxruntime cannot load it: {one_line(error)}"
-                raise UsageError(message) from error
+            session = open_session(path, options)
             feed = {session.get_inputs()[0].name: images}
             for _ in range(calls + 1):
                 session.run(None, feed)
@@ -77,11 +62,7 @@ class OnnxRuntimeReader:
 
     def undecorated(self, name: str) -> list[str]:
         """See ``Reader.undecorated``."""
-        found = []
-        while (bare := _DECORATION.sub("", name)) != name:
-            found.append(bare)
-            name = bare
-        return found
+        return without_endings(name, _DECORATION)
 
 
 def kernels_of_events(events: Sequence[Mapping[str, Any]]) -> list[Kernel]:

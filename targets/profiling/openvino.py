@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deploykit.errors import MeasurementError, UsageError, one_line
+from deploykit.errors import MeasurementError
 from deploykit.runtimes import import_openvino
-from deploykit.targets.profiling.kernels import Kernel, Kind
+from deploykit.targets.cpu_openvino import compile_file, timed_options
+from deploykit.targets.profiling.kernels import Kernel, Kind, without_endings
 from deploykit.targets.profiling.ownership import SourceGraph, SourceNode
 from deploykit.targets.registry import FloatArray
 
@@ -35,23 +36,7 @@ class OpenvinoReader:
 
     def kernels(self, path: Path, threads: int, images: FloatArray, calls: int) -> list[Kernel]:
         """See ``Reader.kernels``. The plugin rounds each call's time down to a microsecond."""
-        openvino = import_openvino()
-        options = {
-            "PERF_COUNT": True,
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            # as the timed model has them, lest other kernels be chosen here
-            "INFERENCE_PRECISION_HINT": "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            "ENABLE_CPU_PINNING": False,
-        }
-        try:
-            core = openvino.Core()
-            compiled = core.compile_model(core.read_model(str(path)), "CPU", options)
-        except Exception as error:  # its exceptions share no base of their own
-            message = f"{path}: openvino cannot load it: {one_line(error)}"
-            raise UsageError(message) from error
+        compiled = compile_file(path, {**timed_options(threads), "PERF_COUNT": True})
         request = compiled.create_infer_request()
         request.infer([images], share_inputs=True)
         first = _averages(request)  # it makes the kernels for this shape
@@ -82,11 +67,7 @@ class OpenvinoReader:
 
     def undecorated(self, name: str) -> list[str]:
         """See ``Reader.undecorated``."""
-        found = []
-        while (bare := _DECORATION.sub("", name)) != name:
-            found.append(bare)
-            name = bare
-        return found
+        return without_endings(name, _DECORATION)
 
 
 def _averages(request: Any) -> dict[str, tuple[Any, float]]:

@@ -7,51 +7,35 @@ down, so a round's times are scaled to the median of the unprofiled calls just b
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deploykit.errors import DeploykitError, MeasurementError
+from deploykit.errors import MeasurementError
+from deploykit.targets.answering import Emit, answer_request, end_with
 from deploykit.targets.device import pin
-from deploykit.targets.ending import end_with
 from deploykit.targets.profiling.kernels import Kernel, Reader, get_reader
 from deploykit.targets.profiling.ownership import owners, plain_layer
-from deploykit.targets.registry import FloatArray, Runner, get_target
+from deploykit.targets.protocol import time_calls
+from deploykit.targets.registry import FloatArray, get_target
 
 __all__ = ["COMMAND", "main"]
 
 COMMAND = (sys.executable, "-P", "-m", "deploykit.targets.profiling.worker")
 
 _LEAST_CALLS, _MOST_CALLS = 5, 100
-Emit = Callable[[dict[str, Any]], None]
 
 
 def main() -> int:
     """Answer the request on standard input; exit code 0 when an answer was sent."""
-    events = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # native libraries print on standard output, now on standard error
-
-    def emit(event: dict[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
-        events.flush()
-
-    try:
-        emit({"event": "result", "files": _profile(json.loads(sys.stdin.buffer.read()), emit)})
-    except DeploykitError as error:
-        emit({"event": "error", "kind": type(error).__name__, "message": str(error)})
-    except MemoryError:
-        emit({"event": "error", "kind": "MeasurementError", "message": "out of memory"})
-    return 0
+    return answer_request(_profile)
 
 
-def _profile(request: dict[str, Any], emit: Emit) -> list[dict[str, Any]]:
+def _profile(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     pin(request["cores"])
     threads, rounds = int(request["threads"]), int(request["rounds"])
     target, reader = get_target(request["target"]), get_reader(request["target"])
@@ -68,27 +52,17 @@ def _profile(request: dict[str, Any], emit: Emit) -> list[dict[str, Any]]:
     for number in range(rounds):
         order = range(len(paths)) if number % 2 == 0 else reversed(range(len(paths)))
         for index in order:
-            calls = _calls(runners[index], images, request["seconds"] / rounds)
+            runner, seconds = runners[index], request["seconds"] / rounds
+            call = partial(runner, images)
+            calls = time_calls(call, seconds, least=_LEAST_CALLS, most=_MOST_CALLS)
             totals[index].append(statistics.median(calls))
             found[index].append(reader.kernels(paths[index], threads, images, len(calls)))
         emit({"event": "progress", "fraction": (number + 1) / rounds, "text": "profiling"})
-    return [
+    files = [
         {"total_ms": total, "kernels": _merged(path, reader, total, kernels)}
         for path, total, kernels in zip(paths, totals, found, strict=True)
     ]
-
-
-def _calls(runner: Runner, images: FloatArray, seconds: float) -> list[float]:
-    runner(images)  # what ran before has taken the caches
-    calls: list[float] = []
-    started = time.perf_counter()
-    while len(calls) < _LEAST_CALLS or (
-        len(calls) < _MOST_CALLS and time.perf_counter() - started < seconds
-    ):
-        before = time.perf_counter_ns()
-        runner(images)
-        calls.append((time.perf_counter_ns() - before) / 1e6)
-    return calls
+    return {"files": files}
 
 
 def _merged(

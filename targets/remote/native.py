@@ -33,10 +33,11 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.errors import DeploykitError, MeasurementError, TargetMissingError, UsageError
+from deploykit.errors import MeasurementError, TargetMissingError, UsageError
 from deploykit.targets.registry import FloatArray, Runner, Target
 from deploykit.targets.remote.address import Address
 from deploykit.targets.remote.facts import DeviceState, ask_device
+from deploykit.targets.remote.on_device import OnDevice
 from deploykit.targets.remote.program import Program
 from deploykit.targets.remote.session import session_on
 
@@ -56,31 +57,17 @@ def runner_for(address: Address, target: str) -> Path | None:
     return Path(named).expanduser() if named else None
 
 
-class NativeTarget:
+class NativeTarget(OnDevice):
     """``inner``'s files on the device at ``address``, run by the program ``runner``."""
 
     def __init__(self, name: str, address: Address, inner: Target, runner: Path) -> None:
-        self.name = name
-        self.formats = inner.formats
-        self.exporter = inner.exporter
-        self.floats = inner.floats
-        self._address = address
+        super().__init__(name, address, inner)
         self._program = runner
         self._said: dict[str, Any] = {}
         self._first: DeviceState | None = None
 
-    @property
-    def place(self) -> NativeTarget:
-        """Files are timed on the device."""
-        return self
-
-    def available(self) -> str | None:
-        """None, or why the device can't be reached or the program doesn't run there."""
-        try:
-            self._describe()
-        except DeploykitError as error:
-            return str(error)
-        return None
+    def _reach(self) -> None:
+        self._describe()
 
     def runtime(self) -> str:
         """The runtime, as the program says."""

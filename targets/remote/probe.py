@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from typing import Any
+
+from deploykit.targets.answering import end_with, private_stdout
 
 __all__ = ["NEEDED", "main"]
 
@@ -20,9 +21,8 @@ NEEDED = {"numpy": "numpy", "psutil": "psutil", "cpuinfo": "py-cpuinfo"}
 
 def main() -> int:
     """Answer on standard output; exit code 0."""
-    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # runtimes print when they are imported
-    answers.write(json.dumps(_answer(sys.argv[1:])) + "\n")
+    answers = private_stdout()
+    answers.write(json.dumps(_answer(sys.argv[1:])).encode("ascii") + b"\n")
     answers.flush()
     return 0
 
@@ -57,6 +57,4 @@ def _there(module: str) -> bool:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)  # some runtimes hang or crash in their global destructors
+    end_with(main)

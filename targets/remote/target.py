@@ -14,6 +14,7 @@ from deploykit.targets.isolated import SERVING, GuestRunner
 from deploykit.targets.registry import FloatArray, Runner, Target, get_target
 from deploykit.targets.remote.address import GRAMMAR, Address, is_remote, parse
 from deploykit.targets.remote.native import NativeTarget, runner_for
+from deploykit.targets.remote.on_device import OnDevice
 from deploykit.targets.remote.probe import NEEDED
 from deploykit.targets.remote.session import Session, session_on
 from deploykit.targets.remote.wording import plain
@@ -50,30 +51,16 @@ def remote_target(name: str) -> Target:
     return PythonTarget(name, address, target)
 
 
-class PythonTarget:
+class PythonTarget(OnDevice):
     """``inner`` on the device at ``address``; the device is asked when it is first needed."""
 
     def __init__(self, name: str, address: Address, inner: Target) -> None:
-        self.name = name
-        self.formats = inner.formats
-        self.exporter = inner.exporter
-        self.floats = inner.floats
-        self._address = address
+        super().__init__(name, address, inner)
         self._inner = inner.name
         self._facts: dict[str, Any] | None = None
 
-    @property
-    def place(self) -> PythonTarget:
-        """Files are timed on the device."""
-        return self
-
-    def available(self) -> str | None:
-        """None, or why the device can't be reached or what is missing there."""
-        try:
-            self._probe()
-        except DeploykitError as error:
-            return str(error)
-        return None
+    def _reach(self) -> None:
+        self._probe()
 
     def runtime(self) -> str:
         """The runtime on the device: name, version, float precision."""

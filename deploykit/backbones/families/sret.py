@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from deploykit._compat import timm
 from deploykit.backbones.layers.init import draw_weights
 from deploykit.backbones.layers.sizes import check_side, to_map, to_tokens
+from deploykit.backbones.layers.vit import SelfAttention
 from deploykit.backbones.registry import Variant, register_backbone
 
 __all__ = ["SReT", "checkpoint_filter_fn", "sret"]
@@ -42,17 +43,10 @@ _SIZES = {
 }
 
 
-class GroupAttention(nn.Module):
+class GroupAttention(SelfAttention):
     """Attention within groups of consecutive tokens; (N, L, C) to (N, L, C)."""
 
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.scale = (dim // heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, groups: int) -> Tensor:
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         x = x.unflatten(1, (groups, -1))
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
         attention = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1)
@@ -84,7 +78,7 @@ class Block(nn.Module):
         self.mlp = timm.layers.Mlp(dim, int(dim * mlp_ratio))
         self.scaled2 = Scaled()
 
-    def forward(self, x: Tensor, groups: int) -> Tensor:
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         x = self.scaled1(x, self.attn(self.norm1(x), groups))
         x = self.scaled2(x, self.mlp(self.norm2(x)))
         return x

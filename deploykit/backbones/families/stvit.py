@@ -194,11 +194,9 @@ class STViT(nn.Module):
 @register_backbone(
     "STViT",
     {
-        "stvit_s": Variant(
-            paper_name="STViT-S", params_m=25.50, also=("svit_s", "stvit_small"), headline=True
-        ),
-        "stvit_b": Variant(paper_name="STViT-B", params_m=51.69, also=("svit_b", "stvit_base")),
-        "stvit_l": Variant(paper_name="STViT-L", params_m=94.97, also=("svit_l", "stvit_large")),
+        "stvit_s": Variant(paper_name="STViT-S", params_m=25.50, also=("svit_s",), headline=True),
+        "stvit_b": Variant(paper_name="STViT-B", params_m=51.69, also=("svit_b",)),
+        "stvit_l": Variant(paper_name="STViT-L", params_m=94.97, also=("svit_l",)),
     },
     licence="mit",
     doc=8,

@@ -155,28 +155,18 @@ class UniFormer(nn.Module):
 @register_backbone(
     "UniFormer",
     {
-        "uniformer_s": Variant(
-            paper_name="UniFormer-S", params_m=21.55, also=("uniformer_small",), headline=True
-        ),
-        "uniformer_s_plus": Variant(
-            paper_name="UniFormer-S plus", params_m=24.03, also=("uniformer_small_plus",)
-        ),
+        "uniformer_s": Variant(paper_name="UniFormer-S", params_m=21.55, headline=True),
+        "uniformer_s_plus": Variant(paper_name="UniFormer-S plus", params_m=24.03),
         "uniformer_s_plus_dim64": Variant(
-            paper_name="UniFormer-S plus, heads of 64",
-            params_m=24.03,
-            also=("uniformer_small_plus_dim64",),
+            paper_name="UniFormer-S plus, heads of 64", params_m=24.03
         ),
-        "uniformer_b": Variant(paper_name="UniFormer-B", params_m=49.78, also=("uniformer_base",)),
-        "uniformer_b_ls": Variant(
-            paper_name="UniFormer-B with layer scale",
-            params_m=49.80,
-            also=("uniformer_base_ls",),
-        ),
+        "uniformer_b": Variant(paper_name="UniFormer-B", params_m=49.78),
+        "uniformer_b_ls": Variant(paper_name="UniFormer-B with layer scale", params_m=49.80),
         "uniformer_l": Variant(
             # the paper's 100 M have an auxiliary head of 0.64 M for token labelling
             paper_name="UniFormer-L",
             params_m=99.46,
-            also=("uniformer_large", "uniformer_l_ls"),
+            also=("uniformer_l_ls",),
         ),
     },
     licence="apache-2.0",
