@@ -35,10 +35,10 @@ ROWS: dict[str, dict[str, Any]] = {
         "tokens": "fast",
         "recipe": {"merge": {"share": 0.25}},
     },
-    "a quarter of the tokens, three times, recovered + w8a8": {
+    "22 % of the tokens, three times, recovered + w8a8": {
         "tokens": "fast",
         "recover": True,
-        "recipe": {"merge": {"share": 0.25}},
+        "recipe": {"merge": {"share": 0.22}},
     },
     "pruned 30 %, recovered + w8a8": {"prune": 0.3, "recover": True},
     "pruned 30 %, tokens, recovered + w8a8": {"prune": 0.3, "tokens": "auto", "recover": True},

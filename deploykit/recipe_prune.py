@@ -153,9 +153,14 @@ class RecoverSection(Section):
     minutes: float = Field(default=20.0, gt=0, description="of training at most")
     epochs: float = Field(default=4.0, gt=0, description="over the images at most")
     batch_size: int = Field(default=32, gt=0)
-    learning_rate: float = Field(default=2e-5, gt=0)
-    losses: dict[Literal["logits", "features", "attention", "labels"], float] = Field(
-        default={"logits": 1.0, "features": 1.0},
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="none: by the distance from the original"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="of the products; auto: bf16 where the processor has it"
+    )
+    losses: dict[Literal["logits", "embedding", "features", "attention", "labels"], float] = Field(
+        default={"logits": 1.0, "embedding": 1.0, "features": 1.0},
         min_length=1,
         description="what is learnt, and its weight; labels are the folder's",
     )

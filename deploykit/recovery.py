@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from deploykit.data import open_dataset
 from deploykit.graph.capture import CapturedModel
@@ -14,10 +17,11 @@ from deploykit.prune.recover_gpusq import recover_gpusq
 from deploykit.prune.recover_options import QatOptions, RecoverOptions
 from deploykit.prune.recover_soup import recover_soup
 from deploykit.recipe import Recipe
+from deploykit.targets.device import cpu_facts
 from deploykit.training_images import TrainingImages
 from deploykit.types import PassRecord
 
-__all__ = ["recovered"]
+__all__ = ["fast_precision", "recovered"]
 
 
 def recovered(
@@ -60,6 +64,14 @@ def recovered(
     return model, [record]
 
 
+def fast_precision() -> Literal["fp32", "bf16"]:
+    """bf16 if this machine's GPU or processor multiplies in it, which halves a step's time."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    flags = cpu_facts()[1]
+    return "bf16" if flags & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
+
+
 def _options(recipe: Recipe) -> RecoverOptions:
     section = recipe.recover
     trainings = 2 if section.quantization_aware else section.soup
@@ -70,6 +82,7 @@ def _options(recipe: Recipe) -> RecoverOptions:
     return RecoverOptions(
         losses=tuple(section.losses.items()),
         lr=section.learning_rate,
+        precision=fast_precision() if section.precision == "auto" else section.precision,
         batch_size=section.batch_size,
         epochs=section.epochs,
         max_seconds=60 * section.minutes / trainings,

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from deploykit.prune.distill_taps import Taps, attention_maps, block_outputs, logits
+from deploykit.prune.distill_taps import (
+    Taps,
+    attention_maps,
+    block_outputs,
+    embeddings,
+    logits,
+)
 
 __all__ = ["LOSSES", "Lesson", "Loss", "register"]
 
@@ -91,6 +97,16 @@ def block_features(student: Tensor, teacher: Tensor, lesson: Lesson) -> Tensor: 
     mine, theirs = student.float().flatten(1), teacher.float().flatten(1)
     error = (mine - theirs).square().mean(1)
     return (error / theirs.var(1, correction=0).clamp(min=_TINY)).mean()
+
+
+@register("embedding", embeddings)
+def class_embedding(student: Tensor, teacher: Tensor, lesson: Lesson) -> Tensor:
+    """As ``features``, for what the classifier reads.
+
+    It says more of an image than a few classes' logits do, and is there however many tokens or
+    widths the blocks before it have lost. (FitNets, Romero et al., ICLR 2015, equation 3.)
+    """
+    return block_features(student, teacher, lesson)
 
 
 @register("attention", attention_maps)

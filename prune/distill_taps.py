@@ -18,7 +18,15 @@ from torch import Tensor, fx
 from deploykit.graph.edit import is_op, layer_name
 from deploykit.graph.units import image_nodes
 
-__all__ = ["Taps", "attention_maps", "block_outputs", "comparable", "logits", "with_taps"]
+__all__ = [
+    "Taps",
+    "attention_maps",
+    "block_outputs",
+    "comparable",
+    "embeddings",
+    "logits",
+    "with_taps",
+]
 
 aten = torch.ops.aten
 
@@ -39,6 +47,25 @@ def logits(graph: fx.Graph) -> Taps:
     (output,) = [node for node in graph.nodes if node.op == "output"]
     (result,) = torch.utils._pytree.tree_leaves(output.args)
     return {"logits": result}
+
+
+def embeddings(graph: fx.Graph) -> Taps:
+    """What the classifiers read, by the classifier's module path: each image as one vector.
+
+    Several classifiers may be summed or averaged to the logits.
+    """
+    (last,) = logits(graph).values()
+    found: Taps = {}
+    seen, waiting = {last}, [last]
+    while waiting:
+        node = waiting.pop()
+        if is_op(node, aten.linear.default, aten.convolution.default, aten.conv2d.default):
+            found[layer_name(node)] = node.all_input_nodes[0]
+            continue
+        new = [before for before in node.all_input_nodes if before not in seen]
+        seen.update(new)
+        waiting += new
+    return found
 
 
 def block_outputs(graph: fx.Graph) -> Taps:

@@ -223,6 +223,7 @@ def _record(
         "seconds": round(state.seconds, 1),
         "images_per_second": round(seen / max(state.seconds, 1e-9), 2),
         "processes": work.accelerator.num_processes,
+        "precision": options.precision,
         "batch_norm": "in inference form: statistics fixed, weight and bias trained",
         "losses": {loss: dict(places) for loss, places in work.parts.items()},
         "left_out": left_out,

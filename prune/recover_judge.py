@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Judge:
     @torch.no_grad()
     def __call__(self, student: nn.Module) -> Judgement:
         device = self.accelerator.device
-        sums = torch.zeros(6, dtype=torch.float64)
+        sums = torch.zeros(7, dtype=torch.float64)
         known = bool(self.answers)
         for number, (images, labels) in enumerate(self.loader):
             on_device = images.to(device)
@@ -56,17 +57,19 @@ class Judge:
                 guess = student(on_device)[self.output].float().cpu()
             sums += _compare(guess, self.answers[number], labels)
         totals: Tensor = self.accelerator.reduce(sums.to(_exact(device)), reduction="sum").cpu()
-        images, same, kl, labelled, teacher_right, student_right = totals.tolist()
+        images, same, kl, labelled, teacher_right, student_right, nll = totals.tolist()
         agreement = 100 * same / images
         by_labels = labelled == images
         drop = 100 * (teacher_right - student_right) / images if by_labels else 100 - agreement
-        return Judgement(
-            int(images), drop, agreement, kl / images, "labels" if by_labels else "agreement"
-        )
+        found = Judgement(int(images), drop, agreement, kl / images)
+        return replace(found, by="labels", nll=nll / images) if by_labels else found
 
 
 def _compare(guess: Tensor, answer: Tensor, labels: Tensor) -> Tensor:
-    """Images, same first class, sum of KL, labelled images, and how often either is right."""
+    """Images, same first class, sum of KL, labelled images, how often either is right, sum of NLL.
+
+    The last is of the student, over the labelled images.
+    """
     mine, theirs = guess.argmax(1), answer.argmax(1)
     kl = F.kl_div(
         guess.double().log_softmax(1), answer.double().log_softmax(1),
@@ -74,7 +77,8 @@ def _compare(guess: Tensor, answer: Tensor, labels: Tensor) -> Tensor:
     )  # fmt: skip
     counts = (mine == theirs, labels >= 0, theirs == labels, mine == labels)
     same, labelled, teacher_right, student_right = (float(c.sum()) for c in counts)
-    row = [len(labels), same, float(kl), labelled, teacher_right, student_right]
+    nll = F.cross_entropy(guess.double(), labels, ignore_index=-1, reduction="sum")
+    row = [len(labels), same, float(kl), labelled, teacher_right, student_right, float(nll)]
     return torch.tensor(row, dtype=torch.float64)
 
 

@@ -21,7 +21,7 @@ from deploykit.prune.recover_checkpoint import load_checkpoint, save_checkpoint
 from deploykit.prune.recover_data import Split
 from deploykit.prune.recover_ema import moving_average
 from deploykit.prune.recover_judge import Judge, autocast
-from deploykit.prune.recover_options import RecoverOptions
+from deploykit.prune.recover_options import RecoverOptions, rate_for
 from deploykit.prune.recover_stop import EarlyStop, Judgement
 from deploykit.prune.recover_weights import named
 
@@ -93,7 +93,6 @@ class Training:
         Raises:
             DeploykitError: the loss is no longer a number.
         """
-        optimizer = torch.optim.AdamW(self._groups(), lr=self.options.lr)
         self._restore()
         self.began = time.monotonic() - self.state.seconds
         if not self.state.before:
@@ -103,6 +102,7 @@ class Training:
             self.state.before = {"drop": judgement.drop, "kl": judgement.kl}
         if self.state.finished:
             return self.best
+        optimizer = torch.optim.AdamW(self._groups())
         if not self.stop.reason:
             self._train(optimizer, steps)
         self.state.finished = True
@@ -260,12 +260,13 @@ class Training:
     def _groups(self) -> list[dict[str, Any]]:
         """Matrices decay, vectors don't; learnt steps of roundings move faster."""
         options, named_parameters = self.options, dict(self.student.named_parameters())
+        highest = options.lr or rate_for(self.state.before["kl"])
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name in self.names:
             parameter = named_parameters[name]
             ranges = name.startswith(PREFIX)
             decay = options.weight_decay if parameter.ndim > 1 and not ranges else 0.0
-            rate = options.lr * (_RANGES_FASTER if ranges else 1.0)
+            rate = highest * (_RANGES_FASTER if ranges else 1.0)
             groups.setdefault((rate, decay), []).append(parameter)
         return [
             {"params": params, "lr": rate, "initial_lr": rate, "weight_decay": decay}

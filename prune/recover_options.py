@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from deploykit.errors import UsageError
 from deploykit.prune.distill_losses import LOSSES
 
-__all__ = ["QatOptions", "RecoverOptions"]
+__all__ = ["QatOptions", "RecoverOptions", "rate_for"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,17 @@ class QatOptions:
         return f"w{self.weight_bits}a{self.input_bits}"
 
 
+def rate_for(kl: float) -> float:
+    """AdamW's rate for a student whose divergence from its teacher is ``kl`` nats.
+
+    ``2e-5 sqrt(kl)``, within 3e-6 and 1e-4. AdamW moves each weight by about the rate whatever the
+    gradient's size, so a student that is nearly right is made worse by what a damaged one needs: a
+    ViT with a quarter of its tokens merged three times (0.06 nats) got worse in its first 40 steps
+    at 2e-5 and better at 5e-6; with 30 % of its widths gone (above 1 nat) 2e-5 won back nearly all.
+    """
+    return min(max(2e-5 * math.sqrt(max(kl, 0.0)), 3e-6), 1e-4)
+
+
 @dataclass(frozen=True)
 class RecoverOptions:
     """Distillation of a student graph from its original; the recipe's ``recover`` section.
@@ -51,8 +63,8 @@ class RecoverOptions:
         losses: (registered loss, weight); ``labels`` counts only where images have labels.
         temperature: of the ``logits`` loss.
         feature_weights: (block, factor) for the parts of ``features``; 1 where not named.
-        lr: AdamW's highest rate, after ``warmup`` (share of all steps), before a cosine to 0.
-            Pretrained ViTs want it low: 1e-4 destroyed one in the steps in which 2e-5 helped.
+        lr: AdamW's highest rate, after ``warmup`` (share of all steps), before a cosine to 0;
+            None takes ``rate_for`` the student's distance from its teacher.
         batch_size: images a step on each process.
         epochs: over the training images; may be a fraction.
         max_seconds: the number of steps is cut to what fits in this time.
@@ -66,14 +78,14 @@ class RecoverOptions:
         keep_zeros: weights of layers that are 0 stay 0 (2:4 and other masks).
         qat: quantisation-aware training, or None.
         workers: processes that read images; 0 reads them in this one.
-        precision: ``bf16`` trains under autocast (GPUs; slow on most CPUs).
+        precision: ``bf16`` trains under autocast (GPUs, and CPUs that multiply it).
         seed: of the order and the augmentation; ``split_seed`` chooses the held-out images.
     """
 
-    losses: tuple[tuple[str, float], ...] = (("logits", 1.0), ("features", 1.0))
+    losses: tuple[tuple[str, float], ...] = (("logits", 1.0), ("embedding", 1.0), ("features", 1.0))
     temperature: float = 2.0
     feature_weights: tuple[tuple[str, float], ...] = ()
-    lr: float = 2e-5
+    lr: float | None = None
     weight_decay: float = 0.0
     warmup: float = 0.05
     batch_size: int = 32
@@ -101,7 +113,9 @@ class RecoverOptions:
             raise UsageError("recover.losses: at least one weight above 0 is wanted")
         if any(weight < 0 for _, weight in (*self.losses, *self.feature_weights)):
             raise UsageError("recover: weights of losses can't be negative")
-        positive = {"lr", "batch_size", "epochs", "temperature", "clip", "evaluations", "patience"}
+        if self.lr is not None and not self.lr > 0:
+            raise UsageError(f"recover.lr: wanted more than 0, got {self.lr}")
+        positive = {"batch_size", "epochs", "temperature", "clip", "evaluations", "patience"}
         for name in sorted(positive):
             if not getattr(self, name) > 0:
                 raise UsageError(f"recover.{name}: wanted more than 0, got {getattr(self, name)}")

@@ -18,6 +18,7 @@ class Judgement:
         agreement: share of images with the same first class, percent.
         kl: ``KL(teacher || student)`` of the probabilities, mean, nats.
         by: what ``drop`` was measured by.
+        nll: cross entropy with the labels, mean, nats, where every image has one.
     """
 
     images: int
@@ -25,10 +26,17 @@ class Judgement:
     agreement: float
     kl: float
     by: str = "agreement"
+    nll: float | None = None
 
     def better_than(self, other: Judgement) -> bool:
-        """A smaller drop; of equal ones, the smaller divergence."""
-        return (self.drop, self.kl) < (other.drop, other.kl)
+        """Nearer to the labels where there are some, else to the teacher.
+
+        Not by the drop: it is a count of few images, whose chance alone would end a training that
+        gets on.
+        """
+        if self.nll is not None and other.nll is not None:
+            return self.nll < other.nll
+        return self.kl < other.kl
 
 
 @dataclass

@@ -22,6 +22,7 @@ __all__ = [
     "DeviceFacts",
     "Neighbours",
     "allowed_cores",
+    "cpu_facts",
     "describe",
     "peak_rss_bytes",
     "physical_cores",
@@ -148,7 +149,7 @@ def describe(
         cores: how many logical cores the user's process has.
         gpu: what the target runs on, if it is one that can be asked.
     """
-    brand, flags = _cpu()
+    brand, flags = cpu_facts()
     physical = psutil.cpu_count(logical=False) or 0
     logical = psutil.cpu_count(logical=True) or 0
     return DeviceFacts(
@@ -184,7 +185,8 @@ def peak_rss_bytes() -> int:
 
 
 @cache
-def _cpu() -> tuple[str, frozenset[str]]:
+def cpu_facts() -> tuple[str, frozenset[str]]:
+    """The processor's name, and its features as the system calls them."""
     import cpuinfo  # takes a second: it times the clock
 
     info = cpuinfo.get_cpu_info()

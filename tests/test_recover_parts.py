@@ -14,18 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from deploykit import recovery
 from deploykit.data import open_dataset
+from deploykit.errors import UsageError
 from deploykit.prune.distill_losses import LOSSES, Lesson, register
 from deploykit.prune.distill_taps import (
     attention_maps,
     block_outputs,
     comparable,
+    embeddings,
     logits,
     with_taps,
 )
 from deploykit.prune.recover import RecoverOptions
 from deploykit.prune.recover_data import Augmented, Order, Plain, split
 from deploykit.prune.recover_ema import decay_at, moving_average
+from deploykit.prune.recover_options import rate_for
 from deploykit.prune.recover_stop import EarlyStop, Judgement
 from deploykit.prune.recover_weights import hold_zeros, make_trainable
 from deploykit.training_images import TrainingImages
@@ -294,29 +298,71 @@ def test_the_average_follows_by_the_formula() -> None:
     assert decay_at(10_000, 0.99) == 0.99
 
 
-def judged(drop: float, kl: float = 1.0) -> Judgement:
-    return Judgement(images=100, drop=drop, agreement=100 - drop, kl=kl)
+def judged(drop: float, kl: float, nll: float | None = None) -> Judgement:
+    return Judgement(images=100, drop=drop, agreement=100 - drop, kl=kl, nll=nll)
+
+
+def test_the_embedding_is_what_every_classifier_reads() -> None:
+    model = vit()
+    (name,) = embeddings(model.graph_module.graph)
+    assert name == "head"
+    taps = {**embeddings(model.graph_module.graph), **logits(model.graph_module.graph)}
+    values = with_taps(model.graph_module, taps)(images(3))
+    state = model.graph_module.state_dict()
+    torch.testing.assert_close(
+        F.linear(values["head"], state["head.weight"], state["head.bias"]), values["logits"]
+    )
+    assert list(embeddings(cnn().graph_module.graph))
 
 
 def test_stopping_keeps_the_best_and_loses_patience() -> None:
     stop = EarlyStop(patience=2, target_drop=None)
-    assert stop.update(judged(5))
-    assert not stop.update(judged(6))
-    assert stop.update(judged(5, kl=0.5)), "an equal drop with a smaller divergence is better"
-    assert not stop.update(judged(5, kl=0.5)) and not stop.reason
-    assert not stop.update(judged(7))
+    assert stop.update(judged(5, 1.0))
+    assert not stop.update(judged(4, 1.1)), "one image of a hundred is chance"
+    assert stop.update(judged(6, 0.5)), "nearer to the teacher, whatever the count says"
+    assert not stop.update(judged(6, 0.5)) and not stop.reason
+    assert not stop.update(judged(3, 0.7))
     assert stop.reason == "no better in 2 evaluations"
-    assert stop.best == judged(5, kl=0.5)
+    assert stop.best == judged(6, 0.5)
     again = EarlyStop(patience=2, target_drop=None)
     again.restore(stop.state())
     assert again == stop
 
 
+def test_labels_count_for_more_than_the_teacher() -> None:
+    stop = EarlyStop(patience=9, target_drop=None)
+    stop.update(judged(2, 0.5, nll=0.4))
+    assert stop.update(judged(2, 0.6, nll=0.3))
+    assert not stop.update(judged(2, 0.1, nll=0.35))
+
+
 def test_stopping_at_the_target_and_at_no_number() -> None:
     stop = EarlyStop(patience=9, target_drop=1.0)
-    stop.update(judged(3))
+    stop.update(judged(3, 1.0))
     assert not stop.reason
     assert not stop.update(judged(math.nan, math.nan))
-    assert stop.update(judged(1.0))
+    assert stop.update(judged(1.0, 0.9))
     assert stop.reason == "held-out drop is at most 1 points"
     assert RecoverOptions().target_drop is None
+
+
+def test_the_rate_follows_the_distance_within_limits() -> None:
+    rates = [rate_for(kl) for kl in (0.0, 0.01, 0.06, 1.0, 4.0, 1e6)]
+    assert rates == sorted(rates)
+    assert rates[0] == 3e-6
+    assert rates[-1] == 1e-4
+    assert rate_for(1.0) == pytest.approx(2e-5)
+    assert RecoverOptions().lr is None
+    with pytest.raises(UsageError, match=r"recover.lr: wanted more than 0"):
+        RecoverOptions(lr=0.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [({"avx512_bf16"}, "bf16"), ({"amx_bf16"}, "bf16"), ({"avx2"}, "fp32")]
+)
+def test_products_are_halved_where_the_processor_does_that(
+    flags: set[str], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(recovery, "cpu_facts", lambda: ("a CPU", frozenset(flags)))
+    assert recovery.fast_precision() == wanted
