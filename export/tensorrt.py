@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,7 +29,7 @@ from deploykit.export.tensorrt_program import kernel_types
 from deploykit.export.tensorrt_reader import ENGINE_HASH, companion, run_companion
 from deploykit.targets.nvidia import build_obstacle, find_libraries
 
-__all__ = ["TensorrtExporter", "TensorrtOptions", "export_fp16_baseline"]
+__all__ = ["TensorrtExporter", "TensorrtOptions"]
 
 # -P: a json.py in the user's folder must not become the builder's json
 _BUILDER = (sys.executable, "-P", "-m", "deploykit.export.tensorrt_build")
@@ -147,25 +147,6 @@ class TensorrtExporter:
             timing_cache=str(options.timing_cache.absolute()) if options.timing_cache else "",
         )
         return ask_builder(request, options.timeout_seconds)
-
-
-def export_fp16_baseline(
-    source: Source, path: Path, options: TensorrtOptions | None = None
-) -> Exported:
-    """Build the float graph in float16: what a quantised engine must beat.
-
-    Args:
-        source: of the captured, unquantised graph.
-        options: those of the quantised engine, so that the two can be compared.
-
-    Raises:
-        UsageError: the source is quantised.
-    """
-    if source.precision != "fp32":
-        message = f"wanted the float graph for the fp16 baseline, got {source.precision}"
-        raise UsageError(message)
-    options = replace(options or TensorrtOptions(), floats="float16")
-    return TensorrtExporter(options).export(source, path)
 
 
 def ask_builder(request: Request, timeout_seconds: float) -> Answer:

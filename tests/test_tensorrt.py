@@ -13,13 +13,12 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from deploykit.errors import DeploykitError, UsageError
+from deploykit.errors import DeploykitError
 from deploykit.export.parity import compare, make_reference
 from deploykit.export.registry import Source, get_exporter
 from deploykit.export.tensorrt import (
     TensorrtExporter,
     TensorrtOptions,
-    export_fp16_baseline,
 )
 from deploykit.export.tensorrt_fp8 import fake_quantize_fp8, to_fp8
 from deploykit.export.tensorrt_onnx import is_sparse
@@ -120,16 +119,14 @@ def test_weight_only_weights_are_int4_in_the_file(tmp_path: Path) -> None:
     assert "int8" not in done.layers
 
 
-def test_fp16_baseline(tmp_path: Path) -> None:
+def test_float16_is_the_baseline(tmp_path: Path) -> None:
     path = tmp_path / "fp16.engine"
-    done = export_fp16_baseline(float_source("vit"), path, ONE_GPU)
+    done = TensorrtExporter(ONE_GPU).export(float_source("vit"), path)
     assert done.precision == "fp16"
     assert set(done.layers) == {"float16"}
     reader = TensorrtExporter(ONE_GPU).reader(path)
     assert reader is not None
     assert sqnr_db(model_of("vit").graph_module(images()), reader[1](images())) > 50
-    with pytest.raises(UsageError, match="wanted the float graph"):
-        export_fp16_baseline(source_of(quantized("vit", 8, 8), "w8a8"), path)
 
 
 def test_float32_when_asked(tmp_path: Path) -> None:

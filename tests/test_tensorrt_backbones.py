@@ -13,7 +13,7 @@ import torch
 from deploykit._compat import timm
 from deploykit.backbones.untrained import make_testable
 from deploykit.export.registry import Source
-from deploykit.export.tensorrt import TensorrtExporter, TensorrtOptions, export_fp16_baseline
+from deploykit.export.tensorrt import TensorrtExporter, TensorrtOptions
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.quantized import FLOAT, QuantizedModel
 from deploykit.graph.signal import sqnr_db
@@ -56,7 +56,8 @@ def report(name: str, kind: str, done: Any, path: Path, start: float) -> None:
 def test_fp16(name: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     model, path, start = model_of(name), tmp_path / "m.engine", time.monotonic()
-    done = export_fp16_baseline(Source(model.graph_module, model.backbone, "fp32"), path, OPTIONS)
+    source = Source(model.graph_module, model.backbone, "fp32")
+    done = TensorrtExporter(OPTIONS).export(source, path)
     report(name, "fp16", done, path, start)
     assert set(done.layers) == {"float16"}
     reader = TensorrtExporter().reader(path)
