@@ -41,7 +41,12 @@ ROWS: dict[str, dict[str, Any]] = {
         "recipe": {"merge": {"share": 0.22}},
     },
     "pruned 30 %, recovered + w8a8": {"prune": 0.3, "recover": True},
-    "pruned 30 %, tokens, recovered + w8a8": {"prune": 0.3, "tokens": "auto", "recover": True},
+    "pruned 30 %, 15 % of the tokens, three times, recovered + w8a8": {
+        "prune": 0.3,
+        "tokens": "fast",
+        "recover": True,
+        "recipe": {"merge": {"share": 0.15}},
+    },
     "2:4 + w8a8": {"sparsity": "2:4"},
 }
 
