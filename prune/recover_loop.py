@@ -37,9 +37,14 @@ _RANGES_FASTER = 10.0
 
 @dataclass
 class _State:
-    """Where a training is; all of it goes into the checkpoint."""
+    """Where a training is; all of it goes into the checkpoint.
+
+    Attributes:
+        due: the step of the next evaluation.
+    """
 
     step: int = 0
+    due: int = 0
     total: int = 0
     evaluations: int = 1
     seconds: float = 0.0
@@ -120,7 +125,8 @@ class Training:
         trained = [p for p in self.student.parameters() if p.requires_grad]
         paced, paced_from = self._clock(), state.step
         with contextlib.ExitStack() as stack:
-            advance = stack.enter_context(steps(self._title(), self._next_stop() - state.step))
+            state.due = state.due or self._next_stop()
+            advance = stack.enter_context(steps(self._title(), state.due - state.step))
             for images, labels in loader:
                 loss = self._loss(model, images, labels)
                 accelerator.backward(loss)
@@ -137,7 +143,7 @@ class Training:
                     self._plan((self._clock() - paced) / _PACED_STEPS)
                     state.planned = True
                 late = self._late()
-                if state.step % self._interval() and state.step < state.total and not late:
+                if state.step < state.due and not late:
                     continue
                 stack.close()
                 clock = self._clock()
@@ -146,6 +152,7 @@ class Training:
                 ):  # a busy machine's pace changes: plan anew
                     self._plan((clock - paced) / (state.step - paced_from - 1))
                 self._evaluate(float(schedule.get_last_lr()[0]))
+                state.due = self._next_stop()
                 paced += self._clock() - clock
                 state.seconds = self._clock()
                 self._save(optimizer)
@@ -153,7 +160,7 @@ class Training:
                     self.stop.reason = f"{options.max_seconds:g} seconds are over"
                 if self.stop.reason or state.step >= state.total:
                     return
-                advance = stack.enter_context(steps(self._title(), self._next_stop() - state.step))
+                advance = stack.enter_context(steps(self._title(), state.due - state.step))
 
     def _loss(self, model: Any, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(images.device, self.options.precision):
@@ -225,6 +232,7 @@ class Training:
 
         plan = [min(self._steps_asked(), fits), evaluations]
         state.total, state.evaluations = broadcast_object_list(plan)
+        state.due = self._next_stop()
 
     def _late(self) -> bool:
         """Whether what is left is for one evaluation; the same answer in every process."""
@@ -243,19 +251,17 @@ class Training:
         through = (step - warm) / max(1, self.state.total - warm)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, through)))
 
-    def _interval(self) -> int:
-        """Steps from one evaluation to the next."""
-        return max(1, math.ceil(self.state.total / self.state.evaluations))
-
     def _next_stop(self) -> int:
-        """The step of the next evaluation."""
-        return min(self.state.total, (self.state.step // self._interval() + 1) * self._interval())
+        """The step of the next evaluation: what is left, in equal parts."""
+        left = self.state.total - self.state.step
+        parts = max(1, self.state.evaluations - len(self.state.history))
+        return self.state.step + max(1, math.ceil(left / parts))
 
     def _title(self) -> str:
         judged: Judgement | None = self.stop.best
         drop = "" if judged is None else f", best held-out drop {judged.drop:.1f}"
         loss = f", loss {self.state.history[-1]['loss']:.3g}" if self.state.history else ""
-        return f"recover to step {self._next_stop()} of {self.state.total}{loss}{drop}"
+        return f"recover to step {self.state.due} of {self.state.total}{loss}{drop}"
 
     def _groups(self) -> list[dict[str, Any]]:
         """Matrices decay, vectors don't; learnt steps of roundings move faster."""
