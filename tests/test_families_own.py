@@ -49,6 +49,8 @@ GMACS = {
     "litv2_s": 3.72,
     "pvt_v1_tiny": 1.93,
     "pvt_v1_large": 9.81,
+    "sgformer_s": 4.78,
+    "sgformer_b": 15.54,
     "stvit_s": 4.35,
     "uniformer_s": 3.63,
     "uniformer_s_plus": 4.20,

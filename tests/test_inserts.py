@@ -164,7 +164,8 @@ def test_all_inserts_are_known_and_a_second_of_a_name_is_refused() -> None:
     from deploykit.backbones.inserts.registry import register_insert
 
     assert list(inserts()) == [
-        "e2gc_16", "e2gc_32", "e2gc_8", "ela_b", "ela_l", "ela_s", "ela_t", "gmm", "ulsam",
+        "e2gc_16", "e2gc_32", "e2gc_8", "ela_b", "ela_l", "ela_s", "ela_t", "gmm", "polyphase",
+        "ulsam",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="twice"):
         register_insert("gmm", host="")(lambda _: 0)

@@ -38,7 +38,7 @@ def with_inserted(backbone: Backbone, model: ModelSection, seed: int, notes: lis
     """The backbone with ``model.insert`` in it, changed in place; adds notes for the user.
 
     A checkpoint file has to hold the new layers' weights too. Without one they are random, so that
-    a trained host becomes an untrained network, and says so.
+    a trained host becomes an untrained network, and says so; one without new weights stays trained.
 
     Raises:
         UsageError: an unknown insert, no place for it, a size it doesn't fit, weights that don't.
@@ -46,6 +46,7 @@ def with_inserted(backbone: Backbone, model: ModelSection, seed: int, notes: lis
     assert model.insert is not None
     name, size = model.insert, backbone.preprocessing.size
     module = backbone.module
+    before = _shapes(module)
     places = insert_layers(module, name, backbone.name)
     module.eval()
     try:
@@ -59,6 +60,9 @@ def with_inserted(backbone: Backbone, model: ModelSection, seed: int, notes: lis
         path = Path(model.weights).expanduser()
         notes += load_strictly(module, read_checkpoint(path), model.weights)
         origin = WeightsOrigin(kind="file", source=model.weights, sha256=sha256_of(path))
+    elif backbone.weights.trained and _shapes(module) == before:
+        origin = backbone.weights
+        notes.append(f"{name} has no weights of its own; the host's were trained without it")
     elif backbone.weights.trained:
         origin = WeightsOrigin(
             kind="untrained", source=f"{backbone.weights.source}, but with new layers ({name})"
@@ -68,6 +72,10 @@ def with_inserted(backbone: Backbone, model: ModelSection, seed: int, notes: lis
         make_testable(module, seed, size)
         origin = backbone.weights
     return dataclasses.replace(backbone, module=module, weights=origin)
+
+
+def _shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def _is_file(weights: str) -> bool:

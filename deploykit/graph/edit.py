@@ -86,7 +86,13 @@ def is_kept_float(node: fx.Node) -> bool:
 
 def makes_choices(graph_module: fx.GraphModule) -> bool:
     """Whether the graph picks by size, so that values almost equal can lead to other results."""
-    picks = (aten.topk.default, aten.sort.default, aten.argmax.default, aten.argsort.default)
+    picks = (
+        aten.topk.default,
+        aten.sort.default,
+        aten.argmax.default,
+        aten.argsort.default,
+        aten.ge.Scalar,  # spikes
+    )
     return any(is_op(node, *picks) for node in graph_module.graph.nodes)
 
 

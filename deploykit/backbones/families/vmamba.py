@@ -20,7 +20,7 @@ from deploykit.backbones.layers.selective_scan import draw_scan_parameters, sele
 from deploykit.backbones.layers.sizes import check_side
 from deploykit.backbones.registry import Variant, register_backbone
 
-__all__ = ["VMamba", "checkpoint_filter_fn", "vmamba"]
+__all__ = ["SIZES", "Stage", "VMamba", "checkpoint_filter_fn", "vmamba"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Size:
     expansion: int  # inner channels of a scan against the block's
 
 
-_SIZES = {
+SIZES = {
     "vmamba_t": _Size(96, (2, 2, 8, 2), 1),
     "vmamba_s": _Size(96, (2, 2, 15, 2), 2),
     "vmamba_b": _Size(128, (2, 2, 15, 2), 2),
@@ -142,7 +142,7 @@ class Classifier(nn.Module):
 class VMamba(nn.Module):
     """float32 (N, 3, S, S) to (N, classes); strides 4, 8, 16, 32."""
 
-    def __init__(self, size: _Size, num_classes: int) -> None:
+    def __init__(self, size: _Size, num_classes: int, stage_type: type[Stage] = Stage) -> None:
         super().__init__()
         width, last = size.width, len(size.depths) - 1
         self.patch_embed = nn.Sequential(
@@ -157,7 +157,7 @@ class VMamba(nn.Module):
         )
         self.layers = nn.Sequential(
             *(
-                Stage(width * 2**stage, depth, size.expansion, last=stage == last)
+                stage_type(width * 2**stage, depth, size.expansion, last=stage == last)
                 for stage, depth in enumerate(size.depths)
             )
         )
@@ -197,4 +197,4 @@ def checkpoint_filter_fn(state: dict[str, Tensor], module: nn.Module) -> dict[st
 def vmamba(variant: str, *, num_classes: int, img_size: int) -> VMamba:
     """VMamba of one size; ``img_size`` is a multiple of 32. No weight depends on it."""
     check_side("VMamba", img_size)
-    return VMamba(_SIZES[variant], num_classes)
+    return VMamba(SIZES[variant], num_classes)
