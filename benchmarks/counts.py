@@ -42,6 +42,7 @@ OFFICIAL_GMACS = {
     "pvt_v1_tiny": 1.93, "pvt_v1_small": 3.82, "pvt_v1_medium": 6.66, "pvt_v1_large": 9.81,
     "raftmlp_s": 2.09, "raftmlp_m": 4.27, "raftmlp_l": 6.54,
     "rmt_t": 2.64, "rmt_s": 4.78, "rmt_b": 10.37, "rmt_l": 19.49,
+    "sgformer_s": 4.78, "sgformer_m": 7.43, "sgformer_b": 15.54,
     "spectformer_h_s": 4.04, "spectformer_h_b": 6.59, "spectformer_h_l": 13.18,
     "spectformer_xs": 3.99, "spectformer_s": 6.63,
     "sret_t": 1.11, "sret_lt": 1.16, "sret_s": 4.17,

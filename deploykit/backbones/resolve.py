@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from deploykit._compat import timm
+from deploykit.backbones.declined import why_not_here
 from deploykit.backbones.registry import (
     BackboneSpec,
     aliases,
@@ -246,6 +247,9 @@ def _unknown(text: str) -> str:
     for pattern, explanation in _NOT_IN_TIMM:
         if pattern.match(squashed):
             return f"unknown backbone {text!r}: {explanation}"
+    declined = why_not_here(squashed)
+    if declined is not None:
+        return f"unknown backbone {text!r}: {declined}"
     names = dict.fromkeys((*specs(), *timm.list_models()))
     near = difflib.get_close_matches(normalise(text), names, n=3, cutoff=0.0)
     return (
