@@ -24,9 +24,8 @@ def measured(result: dict[str, Any]) -> str:
     """A probe's result as one sentence."""
     if "refused" in result:
         return f"{result['part']}: “{result['refused']}”"
-    if "widths" in result:
-        widths = ", ".join(map(str, result["widths"]))
-        return f"{result['part']}: {result['summary']}; hidden widths of its MLPs: {widths}"
+    if "summary" in result:
+        return f"{result['part']}: {result['summary']}"
     if "plain_db" in result:
         return (
             f"{result['part']}: scores before and after a shift agree to "
@@ -45,10 +44,10 @@ def page(results: Results) -> str:
     lines = [
         "# The last families: made or declined",
         "",
-        "Made by `python -m benchmarks.declined`. Ratios are times of ONNX files in ONNX Runtime, "
-        "one thread, against something ordinary, interleaved; the median of blocks and the range "
-        "without the outer tenths. Weights are random. What a name that isn't here answers is the "
-        "reason in this table (`deploykit/backbones/declined.py`).",
+        "Made by `python -m benchmarks.declined`. Ratios are processor times of ONNX files in ONNX "
+        "Runtime, one thread, against something ordinary, interleaved; the median of blocks and "
+        "the range without the outer tenths. Weights are random. What a name that isn't here "
+        "answers is the reason in this table (`deploykit/backbones/declined.py`).",
         "",
         "## Made",
         "",

@@ -30,7 +30,7 @@ class Declined:
 
 _CLIPS = "it takes clips of frames, and one image is what is prepared, captured and measured here"
 _SEARCHED = "nor are its layers' widths known here; search or prune a host instead"
-_NO_TABLE = "its widths and depths couldn't be established from what is published"
+_NO_TABLE = "its widths and depths aren't established here"
 
 DECLINED = (
     Declined(
@@ -71,8 +71,8 @@ DECLINED = (
     Declined(
         "SparseFormer",
         r"sparseformer",
-        "it samples the image at places of its own choice, over and over; the whole structure "
-        "couldn't be established",
+        "it samples the image at places of its own choice, over and over; its whole "
+        "structure isn't established here",
         ("lookupvit", "vit_s"),
         "sampling",
     ),
@@ -87,13 +87,13 @@ DECLINED = (
     Declined(
         "FIT",
         r"fit([tsbl]|tiny|small|base)?$",
-        "there is no classifier of it, and its structure couldn't be established",
+        "there is no classifier of it, and its structure isn't established here",
         ("lookupvit",),
     ),
     Declined(
         "DuoFormer",
         r"duoformer",
-        "its structure couldn't be established (its code was not to be had)",
+        "its structure isn't established here (its code was not to be had)",
         ("resnet50", "crossvit_s"),
     ),
     Declined("NViT", r"nvit", f"it is DeiT-B pruned, {_SEARCHED}", ("deit_b", "deit_s"), "pruned"),

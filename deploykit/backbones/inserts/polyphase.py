@@ -17,8 +17,6 @@ from deploykit.errors import UsageError
 
 __all__ = ["anchor", "shift"]
 
-_twins = timm.models.twins
-
 
 def anchor(x: Tensor, period: int) -> tuple[Tensor, Tensor]:
     """Rows and columns by which a map (N, C, H, W) is to be shifted; int64 (N,) each.
@@ -61,7 +59,7 @@ class AroundConv(nn.Conv2d):
         return self._conv_forward(x, self.weight, self.bias)
 
 
-class AnchoredWindows(_twins.LocallyGroupedAttn):  # type: ignore[misc]  # timm is untyped
+class AnchoredWindows(timm.models.twins.LocallyGroupedAttn):  # type: ignore[misc]
     """Window attention on the anchored map, (N, H·W, C), shifted back afterwards."""
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -75,18 +73,19 @@ class AnchoredWindows(_twins.LocallyGroupedAttn):  # type: ignore[misc]  # timm 
 @register_insert("polyphase", host="timm's Twins-SVT: windows, subsampled attention, PEG")
 def insert(module: nn.Module) -> int:
     """Anchor patches, windows and subsampled keys; send position convolutions around."""
-    if not isinstance(module, _twins.Twins):
+    twins = timm.models.twins
+    if not isinstance(module, twins.Twins):
         return 0
     count = 0
     for layer in module.modules():
-        if isinstance(layer, _twins.LocallyGroupedAttn):
+        if isinstance(layer, twins.LocallyGroupedAttn):
             layer.__class__ = AnchoredWindows  # its weights and their names stay
-        elif isinstance(layer, _twins.PosConv):
+        elif isinstance(layer, twins.PosConv):
             conv = layer.proj[0]
             conv.__class__, conv.padding = AroundConv, (0, 0)
-        elif isinstance(layer, _twins.PatchEmbed):
+        elif isinstance(layer, twins.PatchEmbed):
             layer.proj.__class__ = AnchoredConv
-        elif isinstance(layer, _twins.GlobalSubSampleAttn) and layer.sr is not None:
+        elif isinstance(layer, twins.GlobalSubSampleAttn) and layer.sr is not None:
             layer.sr.__class__ = AnchoredConv
         else:
             continue
