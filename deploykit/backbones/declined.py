@@ -64,7 +64,7 @@ DECLINED = (
     Declined(
         "ViT-CoMer",
         r"vitcomer",
-        "it is for dense prediction, without a classifier, and samples by deformable attention",
+        "it is for dense prediction and has no classifier (its deformable attention exports)",
         ("vit_s", "litv2_s"),
         "deformable",
     ),

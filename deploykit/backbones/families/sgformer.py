@@ -52,7 +52,8 @@ _SIZES = {
 
 def _split(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """(N, L, parts · D) to as many of (N, heads, L, D / heads)."""
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    cut: tuple[Tensor, ...] = x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return cut
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,8 @@ class AroundConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat((x[:, :, -1:], x, x[:, :, :1]), dim=2)
         x = torch.cat((x[..., -1:], x, x[..., :1]), dim=3)
-        return self._conv_forward(x, self.weight, self.bias)
+        out: Tensor = self._conv_forward(x, self.weight, self.bias)
+        return out
 
 
 class AnchoredWindows(timm.models.twins.LocallyGroupedAttn):  # type: ignore[misc]
