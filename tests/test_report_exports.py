@@ -17,7 +17,7 @@ from deploykit.report.gates import evaluate_gates
 from deploykit.report.junit import junit_text, write_junit
 from deploykit.report.model import schema_text
 from deploykit.report.spreadsheet import COLUMNS, csv_text
-from deploykit.types import WeightsOrigin
+from deploykit.types import MachineState, WeightsOrigin
 from tests.factories import make_artifact, make_measurement, make_parity, make_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,38 @@ def test_files_that_nothing_timed_are_in_the_table() -> None:
     rows = table(csv_text([("a", make_report(measurements=[]))]))
     assert [row["artifact"] for row in rows] == ["original", "compressed"]
     assert {row["p50_ms"] for row in rows} == {""}
+
+
+def test_a_row_says_all_that_was_measured() -> None:
+    states = {
+        "before": MachineState(
+            cpu_mhz=2100.0, temperature_c=50.5, throttled=3, gpu_throttled=["power cap"]
+        ),
+        "after": MachineState(
+            cpu_mhz=1900.0, throttled=5, gpu_mhz=1500.0, gpu_throttled=["power cap", "heat"]
+        ),
+        "accelerator": "=GPU",
+    }
+    plain = make_measurement(ratio_noisy=True)
+    full = make_measurement(
+        device=plain.device.model_copy(update=states), device_memory_bytes=7, first_call_ms=90.5,
+        energy_mj=12.5, energy="RAPL", ran_as="int8", kernels={"int8": 5, "float": 2},
+    )  # fmt: skip
+    rows = table(csv_text([("a", make_report(measurements=[plain, full]))]))
+    first, second = (row for row in rows if row["target"])
+    wanted = {
+        "accelerator": "'=GPU", "ran_as": "int8", "kernels": "2 float, 5 int8",
+        "withheld": "p99 needs 662 samples, got 300", "time_ratio_noisy": "false",
+        "device_memory_bytes": "7", "load_ms": "84.0", "first_call_ms": "90.5",
+        "energy_mj": "12.5", "energy_source": "RAPL", "governor": "",
+        "cpu_mhz_before": "2100.0", "cpu_mhz_after": "1900.0", "temperature_c_before": "50.5",
+        "temperature_c_after": "", "throttled_times": "2", "gpu_mhz_after": "1500.0",
+        "gpu_temperature_c_after": "", "gpu_throttled": "power cap, heat",
+    }  # fmt: skip
+    assert {name: second[name] for name in wanted} == wanted
+    unknown = {name: value for name, value in first.items() if name in wanted and value}
+    kept = {name: wanted[name] for name in ("withheld", "load_ms")}
+    assert unknown == {**kept, "time_ratio_noisy": "true"}
 
 
 def test_csv_has_no_accuracy_of_untrained_weights() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from deploykit.report.model import Report
 from deploykit.report.points import Point, points
 from deploykit.report.wording import clean
+from deploykit.types import DeviceDescription, MachineState, Measurement
 
 __all__ = ["COLUMNS", "csv_text"]
 
@@ -29,7 +30,10 @@ COLUMNS = {
     "file_sha256": "of the file",
     "target": "what ran it; empty if nothing timed it",
     "device": "machine it ran on",
+    "accelerator": "GPU it ran on, empty if none did",
     "runtime": "name and version",
+    "ran_as": "precision that really ran, as the runtime says",
+    "kernels": "computing kernels of the loaded file and how many of each",
     "batch_images": "images a call",
     "threads": "computing threads",
     "samples": "timed calls",
@@ -38,13 +42,28 @@ COLUMNS = {
     "p50_high_ms": "upper end of its 95 % interval",
     "p90_ms": "90th percentile, empty if there were too few samples",
     "p99_ms": "99th percentile, empty if there were too few samples",
+    "withheld": "why a percentile is empty",
     "noisy": "true if the times are too noisy to be used",
     "time_ratio": "time against the original's on the same target",
     "time_ratio_low": "lower end of its 95 % interval",
     "time_ratio_high": "upper end of its 95 % interval",
+    "time_ratio_noisy": "true if that interval is too wide for a comparison",
     "throughput_images_per_s": "batch over the median",
     "peak_rss_bytes": "most memory the process held",
+    "device_memory_bytes": "most memory held on the GPU",
     "load_ms": "time to load the file",
+    "first_call_ms": "first call of a file just loaded; some runtimes plan or compile in it",
+    "energy_mj": "millijoules of one call",
+    "energy_source": "what counted them, or why nothing did",
+    "governor": "what chooses the processor's clock",
+    "cpu_mhz_before": "mean clock of the cores used, when the measurement began",
+    "cpu_mhz_after": "the same, when it ended",
+    "temperature_c_before": "hottest processor sensor, degrees Celsius",
+    "temperature_c_after": "the same, when it ended",
+    "throttled_times": "times the cores used slowed down for heat meanwhile",
+    "gpu_mhz_after": "clock of the GPU when it ended",
+    "gpu_temperature_c_after": "of the GPU when it ended, degrees Celsius",
+    "gpu_throttled": "why the GPU's clock was held down, before or after",
     "top1_percent": "accuracy of the file",
     "drop_points": "top-1 lost against the original, on the same images",
     "drop_low_points": "lower end of its 95 % interval",
@@ -102,26 +121,7 @@ def _row(source: str, report: Report, point: Point) -> dict[str, object]:
         "top1_percent": point.top1,
     }
     if m is not None:
-        row |= {
-            "target": m.target,
-            "device": m.device.device,
-            "runtime": m.device.runtime,
-            "batch_images": m.batch,
-            "threads": m.device.threads,
-            "samples": m.samples,
-            "p50_ms": m.p50_ms,
-            "p50_low_ms": m.p50_low_ms,
-            "p50_high_ms": m.p50_high_ms,
-            "p90_ms": m.p90_ms,
-            "p99_ms": m.p99_ms,
-            "noisy": m.noisy,
-            "time_ratio": m.ratio,
-            "time_ratio_low": m.ratio_low,
-            "time_ratio_high": m.ratio_high,
-            "throughput_images_per_s": 1000 * m.batch / m.p50_ms if m.p50_ms > 0 else None,
-            "peak_rss_bytes": m.peak_rss_bytes,
-            "load_ms": m.load_ms,
-        }
+        row |= _measured(m)
     if accuracy is not None:
         row |= {
             "drop_points": accuracy.drop,
@@ -136,3 +136,53 @@ def _row(source: str, report: Report, point: Point) -> dict[str, object]:
             "parity_min_sqnr_db": min(one.sqnr_db for one in point.parity),
         }
     return row
+
+
+def _measured(m: Measurement) -> dict[str, object]:
+    return {
+        "target": m.target,
+        "device": m.device.device,
+        "accelerator": m.device.accelerator,
+        "runtime": m.device.runtime,
+        "ran_as": m.ran_as,
+        "kernels": ", ".join(f"{count} {name}" for name, count in sorted(m.kernels.items())),
+        "batch_images": m.batch,
+        "threads": m.device.threads,
+        "samples": m.samples,
+        "p50_ms": m.p50_ms,
+        "p50_low_ms": m.p50_low_ms,
+        "p50_high_ms": m.p50_high_ms,
+        "p90_ms": m.p90_ms,
+        "p99_ms": m.p99_ms,
+        "withheld": m.withheld,
+        "noisy": m.noisy,
+        "time_ratio": m.ratio,
+        "time_ratio_low": m.ratio_low,
+        "time_ratio_high": m.ratio_high,
+        "time_ratio_noisy": None if m.ratio is None else m.comparison_noisy,
+        "throughput_images_per_s": 1000 * m.batch / m.p50_ms if m.p50_ms > 0 else None,
+        "peak_rss_bytes": m.peak_rss_bytes,
+        "device_memory_bytes": m.device_memory_bytes,
+        "load_ms": m.load_ms,
+        "first_call_ms": m.first_call_ms,
+        "energy_mj": m.energy_mj,
+        "energy_source": m.energy,
+        **_machine(m.device),
+    }
+
+
+def _machine(device: DeviceDescription) -> dict[str, object]:
+    """How fast and how warm it was. Old reports and other devices don't tell."""
+    before, after = device.before or MachineState(), device.after or MachineState()
+    known = before.throttled is not None and after.throttled is not None
+    return {
+        "governor": device.governor,
+        "cpu_mhz_before": before.cpu_mhz,
+        "cpu_mhz_after": after.cpu_mhz,
+        "temperature_c_before": before.temperature_c,
+        "temperature_c_after": after.temperature_c,
+        "throttled_times": (after.throttled or 0) - (before.throttled or 0) if known else None,
+        "gpu_mhz_after": after.gpu_mhz,
+        "gpu_temperature_c_after": after.gpu_temperature_c,
+        "gpu_throttled": ", ".join(dict.fromkeys([*before.gpu_throttled, *after.gpu_throttled])),
+    }
