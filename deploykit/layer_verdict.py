@@ -67,6 +67,13 @@ def verdict_lines(
     else:
         lines = [f"{narrow} and {floats.artifact} take alike on {target}: {times} ({spread})"]
     lines += _costs(comparison)
+    if any(row.op.startswith("deploykit::") for row in quantised.layers):
+        # nothing to be kept in float for: no layer can be faster where floats are all there is
+        lines.append(
+            f"{narrow}'s codes are simulated in floats here: its times say nothing of integer "
+            "kernels; profile the file of a target that has them"
+        )
+        return lines
     in_float = [x.name for x in comparison.layers if x.precision not in ("", "int8")]
     wasted = [x for x in comparison.layers if x.name in in_float and x.quantise_ms > 0]
     if wasted:

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deploykit.artifacts import loadable
+from deploykit.errors import UsageError
 from deploykit.export.registry import Exporter, Source
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.quantized import QuantizedModel
@@ -26,13 +27,30 @@ from deploykit.quant.quantize import quantize
 from deploykit.quant.symmetry import Symmetry
 from deploykit.quantize_options import quantize_options
 from deploykit.recipe import QuantizeSection, Recipe
+from deploykit.targets.profiling.kernels import get_reader
 from deploykit.targets.registry import get_target
 from deploykit.types import Artifact, LayerProfile, Measurement
 from deploykit.workspace import Workspace
 
-__all__ = ["PlacementSearch", "layer_profiles", "placed"]
+__all__ = ["PlacementSearch", "check_target", "layer_profiles", "placed"]
 
 _SHOWN = ("original", "compressed")
+
+
+def check_target(name: str) -> None:
+    """Whether layers can be placed for a target.
+
+    Raises:
+        TargetMissingError: no profiler of it is read.
+        UsageError: it runs integers as floats, so that no placement is faster than none.
+    """
+    get_reader(name)
+    if get_target(name).exporter == "torch":
+        message = (
+            f"quantize.optimize_for {name}: codes are simulated in floats there, so no layer is "
+            "faster quantised; name a target with integer kernels, such as cpu-onnxruntime"
+        )
+        raise UsageError(message)
 
 
 def placed(section: QuantizeSection, layers: list[str]) -> QuantizeSection:

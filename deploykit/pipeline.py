@@ -30,7 +30,7 @@ from deploykit.graph.classes import select_classes
 from deploykit.graph.macs import count_macs
 from deploykit.graph.quantized import QuantizedModel
 from deploykit.inputs import Inputs
-from deploykit.optimize_for import layer_profiles
+from deploykit.optimize_for import check_target, layer_profiles
 from deploykit.placement_search import Placement
 from deploykit.progress import Reporter
 from deploykit.quant.nncf_algorithm import has_attention, import_nncf, nncf_onnx
@@ -41,7 +41,6 @@ from deploykit.recipe_io import dump_recipe
 from deploykit.report.model import OWN_ARTIFACTS, LayerError, Report
 from deploykit.report.write import write_report
 from deploykit.stages import Stage, Stages
-from deploykit.targets.profiling.kernels import get_reader
 from deploykit.targets.registry import Target
 from deploykit.types import (
     STAGES,
@@ -88,7 +87,7 @@ def run(
     started, clock = datetime.now(UTC), time.monotonic()
     targets = chosen_targets(recipe.targets)
     if recipe.quantize.optimize_for is not None:
-        get_reader(recipe.quantize.optimize_for)
+        check_target(recipe.quantize.optimize_for)
     exporters = chosen_exporters(recipe, targets)
     if recipe.quantize.uses_nncf:
         import_nncf()

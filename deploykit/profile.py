@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploykit.artifacts import loadable
-from deploykit.errors import UsageError, one_line
+from deploykit.errors import UsageError
+from deploykit.file_input import read_input
 from deploykit.layer_profile import layer_profile
 from deploykit.layer_verdict import verdict_lines
 from deploykit.recheck import artifact_here
@@ -95,7 +96,7 @@ def profile_source(
         MeasurementError: the profile failed.
     """
     before: list[str] = []
-    if source.is_dir():
+    if source.is_dir() and not _is_file(source):
         if against is not None:
             raise UsageError("--against is for a single file; a run's folder has its own original")
         report = load_report(source)
@@ -125,35 +126,25 @@ def _of_run(report: Report, folder: Path, target: str) -> list[ProfiledFile]:
 
 
 def _file(path: Path) -> ProfiledFile:
-    if not path.is_file():
+    if not path.exists() or not _is_file(path):
         message = f"{path}: wanted a model file or a finished run's folder, got neither"
         raise UsageError(message)
     return ProfiledFile(path.name, path.suffix.lstrip("."), path)
 
 
+def _is_file(path: Path) -> bool:
+    """A model: a file, or a folder that is one (`.torch`)."""
+    return path.is_file() or path.suffix == ".torch"
+
+
 def _input_size(path: Path) -> int:
-    """Side of the input that an ONNX file or OpenVINO's XML names, pixels.
+    """Side of the square input that a file names, pixels.
 
     Raises:
         UsageError: it names none.
     """
-    shape: list[int | None] = []
-    try:
-        if path.suffix == ".onnx":
-            import onnx
-
-            graph = onnx.load(str(path), load_external_data=False).graph
-            dims = graph.input[0].type.tensor_type.shape.dim
-            shape = [dim.dim_value or None for dim in dims]
-        elif path.suffix == ".xml":
-            from deploykit.runtimes import import_openvino
-
-            dims = import_openvino().Core().read_model(str(path)).input(0).partial_shape
-            shape = [None if dim.is_dynamic else int(dim.get_length()) for dim in dims]
-    except Exception as error:  # protobuf's and the runtime's share no base of their own
-        message = f"{path}: its input can't be read: {one_line(error)}"
-        raise UsageError(message) from error
-    if len(shape) != 4 or shape[1] != 3 or shape[2] is None or shape[2] != shape[3]:
+    channels, height, width = read_input(path).shape
+    if channels not in (None, 3) or height is None or height != width:
         message = f"{path}: no side of a square input (N, 3, S, S) in it; give it with --img-size"
         raise UsageError(message)
-    return shape[2]
+    return height

@@ -57,13 +57,18 @@ class CudaTorch:
             TargetMissingError: a driver, a GPU or torch's build for CUDA is missing.
             UsageError: the file is not there, or is no saved graph.
         """
+        return self._compiled(path, "reduce-overhead")
+
+    def load_launched(self, path: Path) -> Runner:
+        """As ``load``, the same kernels launched one by one: replayed, they bear no names."""
+        return self._compiled(path, "default")
+
+    def _compiled(self, path: Path, mode: str) -> Runner:
         self._require()
         torch = import_torch()
         saved = read_graph(path)
         half = saved.precision == "fp32"
-        compiled = torch.compile(
-            saved.graph_module.to("cuda"), mode="reduce-overhead", dynamic=False
-        )
+        compiled = torch.compile(saved.graph_module.to("cuda"), mode=mode, dynamic=False)
 
         def run(images: Any) -> Any:
             with torch.autocast("cuda", torch.float16, enabled=half):

@@ -21,7 +21,14 @@ from deploykit.targets.registry import FloatArray
 if TYPE_CHECKING:
     from deploykit.export.structure import SavedModel
 
-__all__ = ["GraphRunner", "count_kernels", "import_torch", "read_graph", "use_threads"]
+__all__ = [
+    "GraphRunner",
+    "count_kernels",
+    "import_torch",
+    "layer_names",
+    "read_graph",
+    "use_threads",
+]
 
 _PRODUCTS = ("linear", "conv2d", "matmul", "bmm", "scaled_dot_product_attention")
 
@@ -43,6 +50,13 @@ def read_graph(path: Path) -> SavedModel:
     from deploykit.export.structure import load_model
 
     return load_model(path)
+
+
+def layer_names(graph_module: Any) -> dict[str, str]:
+    """The layer that each convolution, linear layer and matrix product computes, by node."""
+    from deploykit.graph.layer_names import computing_layers
+
+    return {node.name: name for node, name in computing_layers(graph_module)}
 
 
 def use_threads(threads: int) -> None:

@@ -78,6 +78,9 @@ def without_endings(name: str, ending: re.Pattern[str]) -> list[str]:
 _READERS = {
     "cpu-onnxruntime": "onnxruntime:OnnxRuntimeReader",
     "cpu-openvino": "openvino:OpenvinoReader",
+    "cpu-torch": "torch_eager:TorchReader",
+    "cpu-torch-compiled": "torch_compiled:TorchCompiledReader",
+    "cuda-torch": "torch_compiled:CudaTorchReader",
     "cuda-tensorrt": "tensorrt:TensorrtReader",
 }
 

@@ -79,7 +79,7 @@ def profile_files(
     get_reader(target)
     files = [Path(path) for path in paths]
     for path in files:
-        if not path.is_file():
+        if not path.exists():
             raise UsageError(f"{path}: no such file")
         if path.suffix.lstrip(".") not in chosen.formats:
             formats = ", ".join(f".{one}" for one in chosen.formats)
