@@ -20,7 +20,8 @@ __all__ = ["SIZE_OPS", "find_op", "name_of"]
 _NAME = re.compile(r"(aten|deploykit)\.([a-zA-Z_]\w{0,60})\.([a-zA-Z]\w{0,60})", re.ASCII)
 
 _ATEN_NAMES = """
-    _assert_tensor_metadata _log_softmax _softmax _to_copy _unsafe_view abs adaptive_avg_pool1d
+    _assert_tensor_metadata _log_softmax _softmax _to_copy _unsafe_view
+    _upsample_bicubic2d_aa _upsample_bilinear2d_aa abs adaptive_avg_pool1d
     adaptive_avg_pool2d adaptive_max_pool2d add addmm alias amax amin arange argmax avg_pool1d
     avg_pool2d baddbmm batch_norm bitwise_and bitwise_not bmm cat ceil celu chunk clamp clamp_max
     clamp_min clone constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose2d convolution

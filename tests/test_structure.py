@@ -82,6 +82,27 @@ def test_a_float_model_comes_back_bit_for_bit(network: str, tmp_path: Path) -> N
     assert torch.equal(run_onnx(again, x), run_onnx(wanted, x))
 
 
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_positions_resized_for_another_size_are_saved(mode: str, tmp_path: Path) -> None:
+    """As timm's ViTs resize theirs, when the input isn't of the size they were trained at."""
+
+    class Resized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 10, 8, 8)
+            self.positions = nn.Parameter(torch.arange(490.0).reshape(1, 10, 7, 7).sin())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            resize = nn.functional.interpolate
+            positions = resize(self.positions, size=(4, 4), mode=mode, antialias=True)
+            return (self.conv(x) + positions).mean((2, 3))
+
+    model = captured(Resized())
+    save_model(model.graph_module, model.backbone, tmp_path, precision="fp32")
+    x = images(3)
+    assert torch.equal(load_model(tmp_path).graph_module(x), model.graph_module(x))
+
+
 @pytest.mark.parametrize("bits", [(4, 4), (8, 8)])
 @pytest.mark.parametrize("network", ["hybrid", "pruned", "vit"])
 def test_a_quantised_model_comes_back_bit_for_bit(
