@@ -54,9 +54,10 @@ class TorchReader:
 
 
 def _in_ranges(graph_module: Any) -> Callable[[Any], Any]:
-    torch = import_torch()
+    torch: Any = import_torch()
+    interpreter: Any = torch.fx.Interpreter
 
-    class Ranges(torch.fx.Interpreter):  # type: ignore[misc]
+    class Ranges(interpreter):  # type: ignore[misc]
         def run_node(self, n: Any) -> Any:
             if not operator_of(n):
                 return super().run_node(n)

@@ -61,10 +61,11 @@ def products_of_graph(graph_module: Any, images: FloatArray) -> dict[str, Produc
         graph_module: a saved graph (``torch.fx.GraphModule``); it is run once.
         images: float32 (N, 3, S, S).
     """
-    torch = import_torch()
+    torch: Any = import_torch()
+    interpreter: Any = torch.fx.Interpreter
     found: dict[str, Product] = {}
 
-    class Shapes(torch.fx.Interpreter):  # type: ignore[misc]
+    class Shapes(interpreter):  # type: ignore[misc]
         def run_node(self, n: Any) -> Any:
             operator = operator_of(n)
             if kind_of(operator) == "compute":
