@@ -10,10 +10,12 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+from matplotlib.figure import Figure
 
 from deploykit.cli import _main
 from deploykit.errors import ExitCode, UsageError
 from deploykit.history import append_history, history_entry, read_history
+from deploykit.report import history_page
 from deploykit.report.gates import TargetLimits, evaluate_gates
 from deploykit.report.history_page import render_history, render_svg
 from deploykit.report.model import Report
@@ -186,6 +188,23 @@ def test_a_history_of_hostile_names_and_other_machines() -> None:
     root = ET.fromstring(svg)
     assert root.tag.endswith("svg")
     assert set(re.findall(r"var\((--\w+)\)", svg)) <= set(re.findall(r"(--\w+):", svg))
+
+
+def test_lines_join_what_compares_and_remarks_are_one_for_another_model() -> None:
+    reports = [make_report(bits=bits) for bits in ("w8a8", "w8a8", "w4a8", "w8a8")]
+    entries = [history_entry(report, []) for report in reports]
+    axes = Figure().add_subplot()
+    history_page._line(axes, entries, [1.0, 0.0, 2.0, None], history_page._what_is_rated)
+    assert [list(zip(*line.get_data(), strict=True)) for line in axes.lines] == [
+        [(1, 1.0), (2, 0.0)], [(3, 2.0)],
+    ]  # fmt: skip
+    remarks = history_page._changes(entries)
+    assert [remark.split(" (")[0] for remark in remarks] == [
+        "run 3: another model", "run 4: another model",
+    ]  # fmt: skip
+    headings, rows = history_page._headings(entries), history_page._rows(entries)
+    assert "on cpu-onnxruntime" in headings[3] and rows[0][3].startswith("0.424")
+    assert rows[0][:3] == (f"1: {entries[0].time.replace('T', ' ')[:16]}", "hold", "79.05 %")
 
 
 def test_an_untrained_run_has_no_accuracy_in_its_history() -> None:

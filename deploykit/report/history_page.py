@@ -22,7 +22,6 @@ from deploykit.report.plots import AFTER, BAD, BEFORE, INK, Plot, draw
 
 __all__ = ["print_history", "render_history", "render_svg"]
 
-HEADINGS = ("run", "when", "commit", "model", "top-1", "time / original (95 %)", "size", "gates")
 _MOST_ROWS = 30
 _LABELS = 12
 
@@ -30,8 +29,10 @@ _LABELS = 12
 def print_history(entries: Sequence[HistoryEntry], console: Console) -> None:
     """The last runs, one a row."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
-    for heading in HEADINGS:
-        table.add_column(heading, overflow="fold")
+    for heading in _headings(entries):
+        whole = heading in ("top-1", "size", "commit")  # else they break within a word
+        least = {"run": len("2026-11-22"), "gates": len("max_latency_ratio")}.get(heading)
+        table.add_column(heading, overflow="fold", no_wrap=whole, min_width=least)
     for row in _rows(entries)[-_MOST_ROWS:]:
         table.add_row(*(Text(wording.clean(cell)) for cell in row))
     if len(entries) > _MOST_ROWS:
@@ -45,8 +46,8 @@ def render_history(entries: Sequence[HistoryEntry], warnings: Sequence[str]) -> 
     """One self-contained page; every text in it is escaped."""
     return page_template("history.html.j2").render(
         entries=entries,
-        models=list(dict.fromkeys(f"{e.model} {e.bits}" for e in entries)),
-        headings=HEADINGS,
+        models=_models(entries),
+        headings=_headings(entries),
         rows=_rows(entries)[::-1],
         pictures=[(Markup(p.svg), p.caption) for p in _plots(entries)],  # noqa: S704  drawn here
         remarks=[*_changes(entries), *warnings],
@@ -94,8 +95,7 @@ def _plots(entries: Sequence[HistoryEntry]) -> list[Plot]:
 
 def _top1_plot(entries: Sequence[HistoryEntry]) -> Plot:
     def paint(axes: Axes) -> None:
-        shown = [(n, e.top1) for n, e in enumerate(entries, 1) if e.top1 is not None]
-        axes.plot(*zip(*shown, strict=True), color=AFTER, marker="o", markersize=4)
+        _line(axes, entries, [e.top1 for e in entries], _what_is_rated)
         limits = [
             (n, e.accuracy.top1_original - gate.limit)
             for n, e in enumerate(entries, 1)
@@ -106,7 +106,10 @@ def _top1_plot(entries: Sequence[HistoryEntry]) -> Plot:
         axes.set_ylabel("top-1, %")
         _runs(axes, entries)
 
-    caption = "Top-1 of the compressed file, run by run; dashed: the least that its gate allows"
+    caption = (
+        "Top-1 of the compressed file; a line joins runs of one model on the same images; "
+        "dashed: the least that the gate allows"
+    )
     return draw("top1", caption, 2.2, paint)
 
 
@@ -146,8 +149,8 @@ def _ratio_plot(entries: Sequence[HistoryEntry], target: str, number: int) -> Pl
 
 def _bytes_plot(entries: Sequence[HistoryEntry]) -> Plot:
     def paint(axes: Axes) -> None:
-        shown = [(n, e.bytes / 1e6) for n, e in enumerate(entries, 1) if e.bytes is not None]
-        axes.plot(*zip(*shown, strict=True), color=AFTER, marker="o", markersize=4)
+        sizes = [None if e.bytes is None else e.bytes / 1e6 for e in entries]
+        _line(axes, entries, sizes, _what_is_made)
         limits = [
             (n, g.limit / 1e6)
             for n, e in enumerate(entries, 1)
@@ -158,7 +161,31 @@ def _bytes_plot(entries: Sequence[HistoryEntry]) -> Plot:
         axes.set_ylabel("MB on disk")
         _runs(axes, entries)
 
-    return draw("bytes", "Size of the compressed file, run by run; dashed: the limit", 2.2, paint)
+    caption = "Size of the compressed file; a line joins runs of one model; dashed: the limit"
+    return draw("bytes", caption, 2.2, paint)
+
+
+def _what_is_made(entry: HistoryEntry) -> str:
+    return f"{entry.model} {entry.bits}"
+
+
+def _what_is_rated(entry: HistoryEntry) -> object:
+    """Where this changes, top-1 before and after don't compare."""
+    return _what_is_made(entry), entry.accuracy and (entry.accuracy.images, entry.accuracy.data)
+
+
+def _line(
+    axes: Axes,
+    entries: Sequence[HistoryEntry],
+    values: Sequence[float | None],
+    same: Callable[[HistoryEntry], object],
+) -> None:
+    """A dot a run, joined while what is compared stays the same."""
+    pairs = enumerate(zip(entries, values, strict=True), 1)
+    known = [(n, entry, value) for n, (entry, value) in pairs if value is not None]
+    for _, runs in itertools.groupby(known, key=lambda run: same(run[1])):
+        joined = [(n, v) for n, _, v in runs]
+        axes.plot(*zip(*joined, strict=True), color=AFTER, marker="o", markersize=4)
 
 
 def _limit(axes: Axes, points: Sequence[tuple[int, float]]) -> None:
@@ -186,49 +213,71 @@ def _time(entry: HistoryEntry, target: str) -> HistoryTime | None:
     return next((t for t in entry.times if t.target == target), None)
 
 
+def _models(entries: Sequence[HistoryEntry]) -> str:
+    """The last run's model, and how many others there were."""
+    names = list(dict.fromkeys(_what_is_made(entry) for entry in reversed(entries)))
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _only_target(entries: Sequence[HistoryEntry]) -> str | None:
+    targets = {time.target for entry in entries for time in entry.times}
+    return targets.pop() if len(targets) == 1 else None
+
+
+def _headings(entries: Sequence[HistoryEntry]) -> tuple[str, ...]:
+    """What is most asked first: a narrow window shows no more."""
+    only = _only_target(entries)
+    times = "time / original" + (f" on {wording.clean(only)}" if only else "") + " (95 %)"
+    return ("run", "gates", "top-1", times, "size", "model", "commit")
+
+
 def _rows(entries: Sequence[HistoryEntry]) -> list[tuple[str, ...]]:
+    only = _only_target(entries)
     return [
         (
-            str(number), entry.time.replace("T", " ")[:16], (entry.commit or "–")[:10],
-            f"{entry.model} {entry.bits}", wording.percent(entry.top1),
-            "; ".join(_ratio(time) for time in entry.times) or "–",
-            wording.bytes_text(entry.bytes),
-            ", ".join(g.name for g in entry.gates if not g.passed) or "hold",
+            f"{number}: {entry.time.replace('T', ' ')[:16]}",
+            "missed: " + ", ".join(g.name for g in entry.gates if not g.passed)
+            if not all(g.passed for g in entry.gates) else "hold",
+            wording.percent(entry.top1),
+            "; ".join(_ratio(time, named=only is None) for time in entry.times) or "–",
+            wording.bytes_text(entry.bytes), _what_is_made(entry), (entry.commit or "–")[:7],
         )
         for number, entry in enumerate(entries, 1)
     ]  # fmt: skip
 
 
-def _ratio(time: HistoryTime) -> str:
+def _ratio(time: HistoryTime, *, named: bool) -> str:
+    name = f"{time.target}: " if named else ""
     if time.ratio is None:
-        return f"{time.target}: –"
-    text = f"{time.target}: {time.ratio:.3f}"
+        return f"{name}–"
+    text = f"{name}{time.ratio:.3f}"
     if time.ratio_low is not None and time.ratio_high is not None:
         text += f" ({time.ratio_low:.3f} … {time.ratio_high:.3f})"
     return text + (" noisy" if time.noisy else "")
 
 
+_CHECKS: tuple[tuple[str, Callable[[HistoryEntry], object]], ...] = (
+    ("model", _what_is_made),
+    ("recipe", lambda e: e.recipe_sha256[:10]),
+    ("images", lambda e: e.accuracy and f"{e.accuracy.images} of {e.accuracy.data}"),
+    ("machine", lambda e: sorted({f"{t.target} on {t.machine}" for t in e.times})),
+    ("runtime", lambda e: sorted({f"{t.target}: {t.runtime}" for t in e.times})),
+)
+_NOTES = {
+    "model": "another model ({}): nothing before and after compares",
+    "recipe": "another recipe ({}): a change may be its doing",
+    "images": "other images ({}): top-1 before and after don't compare",
+    "machine": "another machine ({}): milliseconds before and after don't compare, ratios do",
+    "runtime": "another runtime ({}): ratios may change with it",
+}
+
+
 def _changes(entries: Sequence[HistoryEntry]) -> list[str]:
-    """Where neighbours can't be compared as they stand."""
+    """Where neighbours can't be compared as they stand; another model says it all."""
     found = []
-    checks: tuple[tuple[str, Callable[[HistoryEntry], object]], ...] = (
-        ("machine", lambda e: sorted({f"{t.target} on {t.machine}" for t in e.times})),
-        ("runtime", lambda e: sorted({f"{t.target}: {t.runtime}" for t in e.times})),
-        ("images", lambda e: e.accuracy and f"{e.accuracy.images} of {e.accuracy.data}"),
-        ("model", lambda e: f"{e.model} {e.bits}"),
-        ("recipe", lambda e: e.recipe_sha256[:10]),
-    )
-    notes = {
-        "machine": "milliseconds before and after don't compare, ratios do",
-        "runtime": "ratios may change with it",
-        "images": "top-1 before and after don't compare",
-        "model": "nothing before and after compares",
-        "recipe": "a change may be its doing",
-    }
     for number, (before, now) in enumerate(itertools.pairwise(entries), 2):
-        for name, of in checks:
-            said = of(now)
-            if of(before) != said:
-                text = ", ".join(said) if isinstance(said, list) else (said or "none")
-                found.append(f"run {number}: another {name} ({text}): {notes[name]}")
+        changed = [(name, of(now)) for name, of in _CHECKS if of(before) != of(now)]
+        for name, said in changed[:1] if changed and changed[0][0] == "model" else changed:
+            text = ", ".join(said) if isinstance(said, list) else (said or "none")
+            found.append(f"run {number}: {_NOTES[name].format(text)}")
     return found

@@ -23,16 +23,23 @@ __all__ = ["headings", "print_sweep", "render_page", "table_rows"]
 
 _NAMES: dict[Objective, str] = {
     "top1": "top-1, %",
-    "ratio": "of the original's time",
+    "ratio": "time / original",
     "latency_ms": "p50, ms",
-    "bytes": "MB on disk",
+    "bytes": "size",
 }
+_WORDS = {
+    "top1": "top-1", "ratio": "time", "latency_ms": "latency", "bytes": "size",
+    "knee": "compromise",
+}  # fmt: skip
+"""What objectives, and the best in all of them, are called in sentences."""
 
 
 def headings(report: SweepReport) -> list[str]:
-    """Of the table's columns."""
-    figures = ["top-1", "lost, points (95 %)", "time / original (95 %)", "p50, ms", "size"]
-    return ["trial", *report.dimensions, *figures, ""]
+    """Of the table's columns. What was tried goes by the last part of its name where that tells."""
+    figures = ["top-1", "change, points (95 %)", "time / original (95 %)", "p50, ms", "size"]
+    short = [name.rpartition(".")[2] for name in report.dimensions]
+    tried = [s if short.count(s) == 1 else n for n, s in zip(report.dimensions, short, strict=True)]
+    return ["trial", *figures, *tried, ""]
 
 
 def table_rows(report: SweepReport, trials: Sequence[TrialResult]) -> list[list[str]]:
@@ -40,12 +47,12 @@ def table_rows(report: SweepReport, trials: Sequence[TrialResult]) -> list[list[
     return [
         [
             str(trial.number),
-            *(_value(trial.values.get(key)) for key in report.dimensions),
             wording.percent(trial.top1),
-            _drop(trial),
+            _change(trial),
             _ratio(trial),
             wording.ms(trial.latency_ms),
             wording.bytes_text(trial.bytes),
+            *(_value(trial.values.get(key)) for key in report.dimensions),
             _remark(report, trial),
         ]
         for trial in trials
@@ -63,7 +70,8 @@ def render_page(report: SweepReport) -> str:
         front=table_rows(report, front),
         rows=table_rows(report, report.trials),
         counts=(len(done), len(report.trials) - len(done)),
-        best=[(name, number, report.trial(number)) for name, number in report.best.items()],
+        best=[(name, *_best(report, report.trial(n))) for name, n in _by_trial(report).items()],
+        objectives=_listed(report.objectives),
         pictures=[(Markup(p.svg), p.caption) for p in pictures],  # noqa: S704  drawn here
         words=wording,
     )
@@ -74,12 +82,13 @@ def print_sweep(report: SweepReport, console: Console) -> None:
     failed = [t for t in report.trials if t.state == "failed"]
     console.print(
         f"{len(report.trials)} trials, {len(failed)} failed; no other beats these "
-        f"{len(report.front)} in {', '.join(report.objectives)}:",
+        f"{len(report.front)} in {_listed(report.objectives)} together:",
         markup=False,
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
     for heading in headings(report):
-        table.add_column(wording.clean(heading), overflow="fold")
+        whole = heading in ("trial", "top-1", "p50, ms", "size")  # else they break within words
+        table.add_column(wording.clean(heading), overflow="fold", no_wrap=whole)
     for row in table_rows(report, [report.trial(number) for number in report.front]):
         table.add_row(*(Text(wording.clean(cell)) for cell in row))
     console.print(table)
@@ -93,10 +102,47 @@ def _value(value: object) -> str:
     return wording.shorten(wording.clean("–" if value is None else value), 40)
 
 
-def _drop(trial: TrialResult) -> str:
+def _listed(names: Sequence[str]) -> str:
+    """``top-1, time and size``."""
+    words = [_WORDS[name] for name in names]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _by_trial(report: SweepReport) -> dict[str, int]:
+    """``best top-1 and size`` and the trial that is, the compromise first."""
+    names: dict[int, list[str]] = {}
+    for name in ("knee", *(name for name in report.best if name != "knee")):
+        if name in report.best:
+            names.setdefault(report.best[name], []).append(name)
+    return {_best_in(report, found): number for number, found in names.items()}
+
+
+def _best_in(report: SweepReport, names: Sequence[str]) -> str:
+    """``best time and size``; of the best in each objective nothing more need be said."""
+    if set(report.objectives) <= set(names):
+        return "best in all of them"
+    return f"best {_listed(names)}"
+
+
+def _best(report: SweepReport, trial: TrialResult) -> tuple[TrialResult, str, str]:
+    """A trial, what it gives and takes, and the name that its recipe is kept under."""
+    ratio = trial.ratio
+    facts = [
+        "" if trial.top1 is None else wording.percent(trial.top1),
+        "" if ratio is None else f"{ratio:.2f} of the original's time",
+        "" if trial.latency_ms is None else f"{wording.ms(trial.latency_ms)} ms",
+        "" if trial.bytes is None else wording.bytes_text(trial.bytes),
+    ]
+    name = next(name for name, number in report.best.items() if number == trial.number)
+    return trial, ", ".join(fact for fact in facts if fact), name
+
+
+def _change(trial: TrialResult) -> str:
+    """Of the original's top-1; a minus is a loss."""
     if trial.drop is None or trial.drop_low is None or trial.drop_high is None:
         return "–"
-    return f"{trial.drop:.2f} ({trial.drop_low:.2f} … {trial.drop_high:.2f})"
+    low, high = wording.change(-trial.drop_high), wording.change(-trial.drop_low)
+    return f"{wording.change(-trial.drop)} ({low} … {high})"
 
 
 def _ratio(trial: TrialResult) -> str:
@@ -121,8 +167,9 @@ def _remark(report: SweepReport, trial: TrialResult) -> str:
     if trial.same_as is not None:
         return f"as trial {trial.same_as}"
     best = [name for name, number in report.best.items() if number == trial.number]
-    words = ["knee" if name == "knee" else f"best {name}" for name in best]
-    return ", ".join(words) if words else ("front" if trial.number in report.front else "")
+    if best:
+        return _best_in(report, best)
+    return "beaten by none" if trial.number in report.front else ""
 
 
 def _pairs(report: SweepReport) -> list[tuple[Objective, Objective]]:
@@ -145,26 +192,31 @@ def _scatter(report: SweepReport, across: Objective, up: Objective) -> Plot | No
     if not shown:
         return None
 
-    def scaled(name: Objective) -> NDArray[np.float64]:
-        unit = 1e6 if name == "bytes" else 1.0
-        return np.array([t.objective(name) for t in shown], float) / unit
+    def scaled(name: Objective) -> tuple[NDArray[np.float64], str]:
+        values = np.array([t.objective(name) for t in shown], float)
+        if name != "bytes":
+            return values, _NAMES[name]
+        factor, unit = (1e6, "MB") if values.max() >= 1e6 else (1e3, "kB")
+        return values / factor, f"{_NAMES[name]}, {unit}"
 
     def paint(axes: Axes) -> None:
-        x, y = scaled(across), scaled(up)
+        (x, below), (y, beside) = scaled(across), scaled(up)
         front = np.array([t.number in report.front for t in shown])
-        axes.scatter(x[~front], y[~front], s=22, color=BEFORE, label="beaten by another")
+        if not front.all():
+            axes.scatter(x[~front], y[~front], s=22, color=BEFORE, label="beaten by another")
         axes.scatter(x[front], y[front], s=44, color=AFTER, label="beaten by none")
         for t, left, high in zip(shown, x, y, strict=True):
             if t.number in report.best.values():
                 axes.annotate(str(t.number), (left, high), color=INK, xytext=(5, 4),
                               textcoords="offset points")  # fmt: skip
-        axes.set_xlabel(_NAMES[across])
-        axes.set_ylabel(_NAMES[up])
+        axes.set_xlabel(below)
+        axes.set_ylabel(beside)
         axes.grid()
+        axes.margins(0.08)
         axes.legend(loc="upper left", bbox_to_anchor=(0, 1.15), ncols=2, borderaxespad=0)
 
     caption = (
-        f"Every trial, {_NAMES[across]} against {_NAMES[up]}; the Pareto front is that of "
-        f"{', '.join(report.objectives)} together, numbers are the best trials'"
+        f"Each dot is a trial, by {_WORDS[across]} and {_WORDS[up]}. Whether another beats it "
+        f"counts {_listed(report.objectives)} together; the best are numbered"
     )
     return draw(f"sweep-{across}-{up}", caption, 3.2, paint)
