@@ -165,8 +165,7 @@ def main() -> None:
         sys.stdout.write(f"{name}: {json.dumps(results[name])}\n")
         sys.stdout.flush()
         atomic_write_text(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
-    if set(results) >= set(PROBES):
-        atomic_write_text(PAGE, page(results))
+    atomic_write_text(PAGE, page(results))
 
 
 if __name__ == "__main__":

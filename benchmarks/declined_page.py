@@ -20,8 +20,11 @@ MADE = (
 )
 
 
-def measured(result: dict[str, Any]) -> str:
+def measured(results: Results, probe: str) -> str:
     """A probe's result as one sentence."""
+    if probe not in results:
+        return f"not measured yet: `python -m benchmarks.declined --only {probe}`"
+    result = results[probe]
     if "refused" in result:
         return f"{result['part']}: “{result['refused']}”"
     if "summary" in result:
@@ -59,11 +62,11 @@ def page(results: Results) -> str:
         names = ", ".join(f"`{m.name}`" for m in members)
         counts = ", ".join(f"{m.params_m:g}" for m in members)
         lines.append(
-            f"| {paper} | {names} | {counts} | {measured(results[probe]) if probe else ''} |"
+            f"| {paper} | {names} | {counts} | {measured(results, probe) if probe else ''} |"
         )
     lines += [
         f"| adaptive polyphase anchoring | `--insert polyphase` (Twins-SVT) | none of its own | "
-        f"{measured(results['shift'])} |",
+        f"{measured(results, 'shift')} |",
         "",
         "## Declined",
         "",
@@ -72,6 +75,6 @@ def page(results: Results) -> str:
     ]
     for entry in DECLINED:
         nearest = ", ".join(f"`{name}`" for name in entry.nearest)
-        result = measured(results[entry.probe]) if entry.probe else "nothing to measure"
+        result = measured(results, entry.probe) if entry.probe else "nothing to measure"
         lines.append(f"| {entry.name} | {entry.reason} | {nearest} | {result} |")
     return "\n".join(lines) + "\n"

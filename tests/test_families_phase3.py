@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.declined import PAGE, PROBES, RESULTS
+from benchmarks.declined_page import page
 from deploykit._compat import timm
 from deploykit.backbones.declined import DECLINED, Declined, why_not_here
 from deploykit.backbones.families.meta_spikeformer import MetaSpikeFormer, SpikeAttention, spikes
@@ -29,11 +33,15 @@ from deploykit.backbones.registry import specs, squash
 from deploykit.backbones.resolve import resolve
 from deploykit.backbones.untrained import make_testable
 from deploykit.errors import UsageError
+from deploykit.export.onnx import onnx_bytes
+from deploykit.export.parity import compare, make_reference
 from deploykit.graph.capture import capture
 from deploykit.graph.edit import makes_choices
 from deploykit.graph.signal import sqnr_db
 from deploykit.recipe import ModelSection
+from deploykit.runtimes import import_onnxruntime
 from deploykit.types import Backbone, Preprocessing, WeightsOrigin
+from tests.factories import make_artifact
 
 CLASSES = 5
 SIDES = {"sgformer": 224, "res_vmamba": 32, "meta_spikeformer": 32, "polyphase": 64}
@@ -67,8 +75,8 @@ TINY: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_the_graph_computes_it_at_any_batch(name: str) -> None:
+def tiny(name: str) -> tuple[Backbone, Tensor]:
+    """The backbone, and three images for it."""
     side = SIDES[name]
     torch.manual_seed(0)
     module = TINY[name]()
@@ -80,12 +88,40 @@ def test_the_graph_computes_it_at_any_batch(name: str) -> None:
         weights=WeightsOrigin(kind="random", source="a test"),
         num_classes=CLASSES,
     )
+    return backbone, torch.randn(3, 3, side, side)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_the_file_computes_what_the_graph_computes(name: str) -> None:
+    backbone, images = tiny(name)
+    model = capture(backbone)
+    with torch.no_grad():
+        wanted = backbone.module(images)
+    onnxruntime = import_onnxruntime()
+    session = onnxruntime.InferenceSession(
+        onnx_bytes(model.graph_module, backbone), providers=["CPUExecutionProvider"]
+    )
+    chooses = makes_choices(model.graph_module)
+    reference = make_reference(name, model.graph_module, images, wanted if chooses else None, 0)
+    for batch in (1, 3):
+        parts = [
+            session.run(None, {session.get_inputs()[0].name: part.numpy()})[0]
+            for part in images.split(batch)
+        ]
+        logits = torch.from_numpy(np.concatenate(parts))
+        row = compare(make_artifact(), "onnxruntime", batch, logits, reference, "synthetic")
+        assert row.passed, (row.tolerance, row.sqnr_db)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_graph_computes_it_at_any_batch(name: str) -> None:
+    backbone, images = tiny(name)
     model = capture(backbone)
     assert model.dynamic_batch
     assert makes_choices(model.graph_module) == (name != "res_vmamba")
-    images = torch.randn(3, 3, side, side)
     with torch.no_grad():
-        wanted = module(images)
+        wanted = backbone.module(images)
         assert wanted.isfinite().all() and wanted.std(0).max() > 1e-3
         for batch in (1, 3):
             assert sqnr_db(wanted[:batch], model.graph_module(images[:batch])) > 100
@@ -263,3 +299,10 @@ def test_a_declined_name_says_why_and_what_is_nearest(entry: Declined) -> None:
 def test_no_name_that_exists_is_declined() -> None:
     for name in (*specs(), *timm.list_models()):
         assert why_not_here(squash(name)) is None, name
+
+
+def test_the_page_is_what_the_results_give() -> None:
+    results = json.loads(RESULTS.read_text("utf-8"))
+    assert {entry.probe for entry in DECLINED} - {""} <= set(PROBES) >= set(results)
+    assert PAGE.read_text("utf-8") == page(results)
+    assert all("refused" in results[name] for name in ("clips", "channels"))

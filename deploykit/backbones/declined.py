@@ -29,7 +29,7 @@ class Declined:
 
 
 _CLIPS = "it takes clips of frames, and one image is what is prepared, captured and measured here"
-_SEARCHED = "nor are its layers' widths known here; search or prune a host instead"
+_SEARCHED = "and its layers' widths aren't established here; search or prune a host instead"
 _NO_TABLE = "its widths and depths aren't established here"
 
 DECLINED = (
@@ -71,8 +71,7 @@ DECLINED = (
     Declined(
         "SparseFormer",
         r"sparseformer",
-        "it samples the image at places of its own choice, over and over; its whole "
-        "structure isn't established here",
+        "its whole structure isn't established here (its sampling of regions exports)",
         ("lookupvit", "vit_s"),
         "sampling",
     ),
