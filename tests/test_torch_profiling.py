@@ -34,9 +34,9 @@ TORCH = ("cpu-torch", "cpu-torch-compiled", "cuda-torch")
 def saved(module: nn.Module, folder: Path) -> list[Path]:
     """A float graph and the 8-bit graph of the same network."""
     model = captured(module)
-    narrow = quantize(model, QuantizeOptions(8, 8), batches())
+    narrow: Any = quantize(model, QuantizeOptions(8, 8), batches())
     paths = [folder / "float.torch", folder / "int8.torch"]
-    for path, one, bits in zip(paths, (model, narrow), ("fp32", "w8a8"), strict=True):
+    for path, one, bits in zip(paths, [model, narrow], ("fp32", "w8a8"), strict=True):
         path.mkdir()
         save_model(one.graph_module, model.backbone, path, precision=bits)
     return paths
@@ -266,7 +266,8 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = torch.relu(self.stem(x)).flatten(2).transpose(1, 2)
         scores = self.left(tokens) @ self.right(tokens).transpose(1, 2)
-        return self.head((scores.softmax(-1) @ tokens).mean(1))
+        logits: Tensor = self.head((scores.softmax(-1) @ tokens).mean(1))
+        return logits
 
 
 @pytest.mark.slow  # the compiler

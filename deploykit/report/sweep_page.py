@@ -72,6 +72,7 @@ def render_page(report: SweepReport) -> str:
         counts=(len(done), len(report.trials) - len(done)),
         best=[(name, *_best(report, report.trial(n))) for name, n in _by_trial(report).items()],
         objectives=_listed(report.objectives),
+        slower=bool(front) and all((trial.ratio or 0) > 1 for trial in front),
         pictures=[(Markup(p.svg), p.caption) for p in pictures],  # noqa: S704  drawn here
         words=wording,
     )
@@ -126,15 +127,24 @@ def _best_in(report: SweepReport, names: Sequence[str]) -> str:
 
 def _best(report: SweepReport, trial: TrialResult) -> tuple[TrialResult, str, str]:
     """A trial, what it gives and takes, and the name that its recipe is kept under."""
-    ratio = trial.ratio
     facts = [
         "" if trial.top1 is None else wording.percent(trial.top1),
-        "" if ratio is None else f"{ratio:.2f} of the original's time",
+        _speed(trial),
         "" if trial.latency_ms is None else f"{wording.ms(trial.latency_ms)} ms",
         "" if trial.bytes is None else wording.bytes_text(trial.bytes),
     ]
     name = next(name for name, number in report.best.items() if number == trial.number)
     return trial, ", ".join(fact for fact in facts if fact), name
+
+
+def _speed(trial: TrialResult) -> str:
+    """``1.66× faster`` than the original, on the target where it does worst."""
+    ratio = trial.ratio
+    if ratio is None or ratio <= 0:
+        return ""
+    if trial.noisy:
+        return f"time {wording.TOO_NOISY}"
+    return f"{1 / ratio:.2f}× faster" if ratio < 1 else f"{ratio:.2f}× slower than the original"
 
 
 def _change(trial: TrialResult) -> str:
@@ -213,6 +223,8 @@ def _scatter(report: SweepReport, across: Objective, up: Objective) -> Plot | No
         axes.set_ylabel(beside)
         axes.grid()
         axes.margins(0.08)
+        if up == "top1":
+            axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
         axes.legend(loc="upper left", bbox_to_anchor=(0, 1.15), ncols=2, borderaxespad=0)
 
     caption = (
