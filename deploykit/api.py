@@ -29,6 +29,7 @@ def options_to_recipe(
     num_classes: int | None = None,
     img_size: int | None = None,
     insert: str | None = None,
+    features: bool | list[int] | None = None,
     calib: str | Path | None = None,
     calib_images: int | None = None,
     data: str | Path | None = None,
@@ -57,6 +58,7 @@ def options_to_recipe(
         ("model", "num_classes"): num_classes,
         ("model", "img_size"): img_size,
         ("model", "insert"): insert,
+        ("model", "features"): features,
         ("quantize", "bits"): bits,
         ("quantize", "algorithm"): algorithm,
         ("quantize", "compare"): compare,
@@ -112,10 +114,11 @@ def compress(
         overwrite: replace an earlier run's files in ``out``.
         quiet: no progress on standard error.
         **options: ``model``, ``bits``, ``algorithm``, ``compare``, ``preset``, ``time_budget``,
-            ``optimize_for``, ``weights``, ``num_classes``, ``img_size``, ``insert``, ``calib``,
-            ``calib_images``, ``data``, ``targets``, ``formats``, ``prune``, ``tokens``,
-            ``sparsity``, ``recover``, ``recover_minutes``, ``threads``, ``batch_size``,
-            ``max_drop``, ``max_latency_ms``, ``seed``; as on the command line.
+            ``optimize_for``, ``weights``, ``num_classes``, ``img_size``, ``insert``,
+            ``features`` (or the numbers of the maps), ``calib``, ``calib_images``, ``data``,
+            ``targets``, ``formats``, ``prune``, ``tokens``, ``sparsity``, ``recover``,
+            ``recover_minutes``, ``threads``, ``batch_size``, ``max_drop``, ``max_latency_ms``,
+            ``seed``; as on the command line.
 
     Returns:
         The report; its ``exit_code`` is what the command line would exit with (8 on untrained

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.errors import TargetMissingError, UsageError
-from deploykit.export.registry import Exporter, Source, get_exporter
+from deploykit.export.registry import Exporter, Source, get_exporter, holds_levels, list_exporters
 from deploykit.fsio import writing
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.quantized import QuantizedModel
@@ -43,7 +43,7 @@ def chosen_exporters(recipe: Recipe, targets: Iterable[Target]) -> list[Exporter
 
     Raises:
         UsageError: there is no format of a name, or NNCF's file can't be had in it.
-        TargetMissingError: a format's library isn't installed.
+        TargetMissingError: a format's library isn't installed, or feature maps can't be had in it.
     """
     names = dict.fromkeys([*(target.exporter for target in targets), *recipe.export.formats])
     if recipe.quantize.algorithm == "nncf":
@@ -55,7 +55,18 @@ def chosen_exporters(recipe: Recipe, targets: Iterable[Target]) -> list[Exporter
     for exporter in exporters:
         if (reason := exporter.available()) is not None:
             raise TargetMissingError(f"format {exporter.name}: {reason}")
+        if recipe.model.gives_features and not holds_levels(exporter):
+            able = ", ".join(name for name in list_exporters() if _holds_levels(name))
+            message = f"format {exporter.name} isn't written with feature maps yet"
+            raise TargetMissingError(f"{message}; formats that are: {able}")
     return exporters
+
+
+def _holds_levels(name: str) -> bool:
+    try:
+        return holds_levels(get_exporter(name))
+    except ImportError:  # another package's, whose library isn't there
+        return False
 
 
 def loadable(artifacts: Iterable[Artifact], target: Target) -> list[Artifact]:

@@ -18,6 +18,7 @@ from deploykit.cli_options import (
     Calib,
     CalibImages,
     DataFolder,
+    Features,
     Formats,
     ImgSize,
     Insert,
@@ -105,6 +106,7 @@ def compress(
     max_latency: MaxLatency = None,
     num_classes: NumClasses = None,
     img_size: ImgSize = None,
+    features: Features = False,
     insert: Insert = None,
     threads: Threads = None,
     batch_size: BatchSize = None,
@@ -130,6 +132,7 @@ def compress(
         weights=weights,
         num_classes=num_classes,
         img_size=img_size,
+        features=features or None,
         insert=insert,
         calib=calib,
         calib_images=calib_images,
@@ -186,6 +189,7 @@ def inspect(
     weights: Weights = None,
     num_classes: NumClasses = None,
     img_size: ImgSize = None,
+    features: Features = False,
     as_json: Json = False,
 ) -> int:
     """Show size, cost, operators, and what each technique can reach in a backbone."""
@@ -202,6 +206,7 @@ def inspect(
             weights=weights or ("auto" if holds_weights(model) else "random"),
             num_classes=num_classes,
             img_size=img_size,
+            features=features or None,
         )
     )
     found = inspect_model(recipe.model, recipe.seed)

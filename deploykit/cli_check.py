@@ -70,6 +70,7 @@ def check(
         max_drop=held.max_drop,
         max_latency_ms=held.max_latency_ms,
         max_bytes=held.max_bytes,
+        min_sqnr_db=held.min_sqnr_db,
         max_latency_ratio=held.max_latency_ratio,
         baseline=None if held.baseline is None else load_report(held.baseline),
         targets=judged or None,

@@ -19,6 +19,7 @@ __all__ = [
     "Calib",
     "CalibImages",
     "DataFolder",
+    "Features",
     "Formats",
     "ImgSize",
     "Insert",
@@ -55,6 +56,13 @@ NumClasses = Annotated[int | None, typer.Option(help="Classes of the head.")]
 ImgSize = Annotated[int | None, typer.Option(help="Input side in pixels.")]
 Insert = Annotated[
     str | None, typer.Option(help="New layers in the network: ela_b, ulsam, gmm, e2gc_16 …")
+]
+Features = Annotated[
+    bool,
+    typer.Option(
+        "--features",
+        help="Give feature maps, one a resolution, not scores; --set model.features=[2,5]: these.",
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.")]
 RecipeFile = Annotated[Path | None, typer.Option(help="Recipe file (YAML) to start from.")]

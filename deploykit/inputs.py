@@ -10,6 +10,8 @@ from deploykit.types import Backbone
 
 __all__ = ["Inputs"]
 
+_FIDELITY_IMAGES = 256  # maps hold thousands of values an image: their error settles early
+
 
 class Inputs:
     """The images of a run, opened before anything is written, so bad data fails early."""
@@ -31,7 +33,11 @@ class Inputs:
                 "no calibration images given: using synthetic ones; give --calib DIR for real use"
             )
         self.evaluation: ImageSet | None = None
-        if recipe.evaluation.data is not None and backbone.weights.trained:
+        self.fidelity: Images | None = None
+        """What feature maps are compared on; None of a model that gives scores."""
+        if backbone.levels:
+            self.fidelity = self._unlabelled(recipe, backbone)
+        elif recipe.evaluation.data is not None and backbone.weights.trained:
             self.evaluation = open_dataset(
                 recipe.evaluation.data,
                 backbone.preprocessing,
@@ -45,8 +51,20 @@ class Inputs:
         elif recipe.evaluation.data is not None:
             self.notes.append("accuracy refused: the weights are untrained")
         self.verification: Images = verification_images(
-            self.evaluation, self.calibration, recipe.verify.images
+            self.evaluation, self.fidelity or self.calibration, recipe.verify.images
         )
+
+    def _unlabelled(self, recipe: Recipe, backbone: Backbone) -> Images:
+        """The images given for evaluation, or else those of calibration."""
+        self.notes.append(
+            "accuracy withheld: the model gives feature maps and no classes; what is reported is "
+            "how near each map is to the original's"
+        )
+        section = recipe.evaluation
+        if section.data is None:
+            return self.calibration
+        count = section.images or _FIDELITY_IMAGES
+        return calibration_images(section.data, backbone, count, recipe.seed)
 
     def _of_classes(self, images: ImageSet, classes: list[int]) -> ImageSet | None:
         try:

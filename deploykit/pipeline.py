@@ -25,6 +25,7 @@ from deploykit.errors import DeploykitError, UsageError
 from deploykit.export.onnx import onnx_bytes
 from deploykit.export.registry import Exporter, Profile
 from deploykit.export.structure import STRUCTURE_NAME, TENSORS_NAME, model_bytes
+from deploykit.fidelity import measure_fidelity
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.classes import select_classes
 from deploykit.graph.macs import count_macs
@@ -315,6 +316,10 @@ class _Job:
             recipe, self.workspace, self.reporter, self.original, quantized, artifacts,
             self.targets, self.inputs.evaluation, self._research(),
         )  # fmt: skip
+        fidelity = measure_fidelity(
+            recipe, self.workspace, self.reporter, self.backbone, artifacts, self.targets,
+            self.inputs.fidelity,
+        )  # fmt: skip
         measurements = measure_latency(
             recipe, self.workspace, self.reporter, self.backbone, artifacts, self.targets
         )
@@ -340,6 +345,8 @@ class _Job:
             verdict_reasons=[],
             artifacts=artifacts,
             accuracy=accuracy,
+            levels=list(self.backbone.levels),
+            fidelity=fidelity,
             parity=parity,
             measurements=measurements,
             layers=[

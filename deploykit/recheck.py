@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deploykit.artifacts import chosen_targets, loadable, size_and_hash
 from deploykit.errors import UsageError
-from deploykit.export.parity import compare, in_batches, make_reference
+from deploykit.export.parity import compare_levels, in_batches, make_reference
 from deploykit.export.registry import get_exporter
 from deploykit.export.structure import STRUCTURE_NAME, load_model
 from deploykit.export.target_reader import loaded
@@ -65,7 +65,7 @@ def verify_folder(
     batch = _BATCHES[1] if saved.dynamic_batch else 1
     reference = make_reference(
         "simulation (torch)", lambda x: in_batches(saved.graph_module, x, batch), pixels, floats,
-        seed, saved.graph_module,
+        seed, saved.graph_module, saved.backbone.levels,
     )  # fmt: skip
     rows = []
     for target in _usable(targets, ours):
@@ -73,8 +73,8 @@ def verify_folder(
             run = loaded(target, artifact.path, len(allowed_cores()))
             for size in _BATCHES if artifact.dynamic_batch else (1,):
                 logits = in_batches(run, pixels, size)
-                rows.append(
-                    compare(artifact, target.name, size, logits, reference, pool.description)
+                rows += compare_levels(
+                    artifact, target.name, size, logits, reference, pool.description
                 )
     if not rows:
         formats = ", ".join(sorted({artifact.format for artifact in ours}))

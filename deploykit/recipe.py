@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BeforeValidator, Field, model_validator
 
 from deploykit._recipe_section import Section, UserPath
+from deploykit.recipe_features import features_conflict
 from deploykit.recipe_prune import (
     MergeSection,
     PruneSection,
@@ -127,6 +128,16 @@ class ModelSection(Section):
     classes: list[int] | None = Field(
         default=None, min_length=1, description="only these classes of the head, in this order"
     )
+    features: bool | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        default=False,
+        description="feature maps instead of scores: true for the deepest of each resolution, "
+        "or which of the network's maps, by number",
+    )
+
+    @property
+    def gives_features(self) -> bool:
+        """The outputs are feature maps, and there are no classes."""
+        return self.features is not False
 
 
 class CalibrationSection(Section):
@@ -309,6 +320,9 @@ class GatesSection(Section):
 
     max_drop: float | None = Field(default=None, ge=0, description="percentage points")
     max_latency_ms: float | None = Field(default=None, gt=0)
+    min_sqnr_db: float | None = Field(
+        default=None, description="of every feature map against the original's, on real images"
+    )
 
 
 class Recipe(Section):
@@ -350,6 +364,8 @@ class Recipe(Section):
                 f"({', '.join(self.targets)}): add it with --targets"
             )
             raise ValueError(message)
+        if self.model.gives_features and (refused := features_conflict(self)) is not None:
+            raise ValueError(refused)
         algorithm = self.quantize.algorithm
         if algorithm != "deploykit" and self.evaluation.simulation:
             message = f"evaluation.simulation is not for algorithm {algorithm}; leave it out"

@@ -168,6 +168,9 @@ def run_sensitivity(
 
 
 def _check_recipe(recipe: Recipe) -> None:
+    if recipe.model.gives_features:
+        message = "sensitivity scores layers by what they do to classes; leave model.features out"
+        raise UsageError(message)
     if recipe.quantize.algorithm != "deploykit":
         message = (
             f"quantize.algorithm is {recipe.quantize.algorithm}, but sensitivity scores "

@@ -112,6 +112,8 @@ def run_split(
     started, clock = datetime.now(UTC), time.monotonic()
     if recipe.model.classes is not None or recipe.quantize.compare:
         raise UsageError("a split model takes neither model.classes nor quantize.compare")
+    if recipe.model.gives_features:
+        raise UsageError("a split model shares out classes, which model.features has none of")
     targets = chosen_targets(recipe.targets[:1])
     exporter = chosen_exporters(recipe, targets)[0]
     backbone, notes = build_backbone(recipe.model, recipe.seed)

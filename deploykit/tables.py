@@ -54,12 +54,12 @@ def parity_table(rows: Sequence[ParityRow]) -> Table:
                    right=("batch", "SQNR", "top-1"))  # fmt: skip
     for row in rows:
         cells = (
-            row.artifact,
+            f"{row.artifact} {row.level}".strip(),
             row.format,
             row.runtime,
             str(row.batch),
             f"{row.sqnr_db:.1f} dB",
-            f"{row.top1_agreement:.4g} %",
+            "–" if row.top1_agreement is None else f"{row.top1_agreement:.4g} %",
             "ok" if row.passed else "MISSED",
             "" if row.passed else row.tolerance,
         )
@@ -75,7 +75,11 @@ def print_inspection(found: Inspection, console: Console) -> None:
     for name, value in (
         ("parameters", f"{found.params:,}"),
         ("MACs", f"{found.macs:,} for one image"),
-        ("classes", str(found.num_classes)),
+        *(
+            (level.name, f"{level.channels} x {level.height} x {level.width}, "
+             f"stride {level.stride:g}") for level in found.levels
+        ),
+        *([] if found.levels else [("classes", str(found.num_classes))]),
         ("input", f"3 x {prep.size} x {prep.size}, {found.input_policy} size"),
         ("preprocessing", f"{prep.interpolation}, crop {prep.crop_pct:g}"),
         ("mean, std", f"{prep.mean}, {prep.std}"),

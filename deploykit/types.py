@@ -20,6 +20,8 @@ __all__ = [
     "Artifact",
     "Backbone",
     "DeviceDescription",
+    "FeatureLevel",
+    "Fidelity",
     "GateResult",
     "LayerProfile",
     "LayerTime",
@@ -78,9 +80,30 @@ class WeightsOrigin(Data):
         return f"{self.kind}: {self.source}" if self.trained else "untrained"
 
 
+class FeatureLevel(Data):
+    """One of the feature maps a backbone gives instead of scores: (N, channels, height, width)."""
+
+    name: str = Field(max_length=60, description="of the file's output: features_0 …")
+    channels: int = Field(gt=0)
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    stride: float = Field(
+        gt=0, description="pixels of the image's side a step in the map stands for"
+    )
+
+    @property
+    def values(self) -> int:
+        """Numbers in one image's map."""
+        return self.channels * self.height * self.width
+
+
 @dataclass(frozen=True)
 class Backbone:
-    """An nn.Module in eval mode with everything needed to feed and name it."""
+    """An nn.Module in eval mode with everything needed to feed and name it.
+
+    With ``levels`` it gives feature maps and has no classes; the maps come joined in one tensor
+    (``graph/levels.py``).
+    """
 
     name: str
     module: nn.Module
@@ -89,6 +112,7 @@ class Backbone:
     num_classes: int
     family: str = ""
     paper: str = ""
+    levels: tuple[FeatureLevel, ...] = ()
 
 
 class PassRecord(Data):
@@ -133,12 +157,15 @@ class ParityRow(Data):
     reference: str
     runtime: str
     batch: int
+    level: str = Field(default="", description="which feature map; empty for scores")
     images: int
     data: str
     max_abs: float
     mean_abs: float
     sqnr_db: float
-    top1_agreement: float = Field(description="percent")
+    top1_agreement: float | None = Field(
+        description="percent; None for feature maps, which have no classes"
+    )
     noise_db: float | None = Field(
         default=None, description="SQNR of the simulation against the float model"
     )
@@ -167,6 +194,20 @@ class Accuracy(Data):
     simulated_top1: float | None = Field(
         default=None, description="the same codes in torch: a simulation, not the artefact"
     )
+
+
+class Fidelity(Data):
+    """How far one of a file's feature maps is from the original file's, on the same images."""
+
+    artifact: str
+    format: str = "onnx"
+    target: str = Field(description="what ran both files")
+    level: str
+    data: str
+    images: int
+    sqnr_db: float = Field(description="of all images' values together")
+    relative_error: float = Field(description="|file - original| / |original|, both as 2-norms")
+    worst_sqnr_db: float = Field(description="of the image that changed most")
 
 
 class MachineState(Data):

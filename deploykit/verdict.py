@@ -16,7 +16,12 @@ def judge(report: Report, gates: GatesSection) -> Report:
 
     A missed gate or parity outweighs untrained weights, and these outweigh unmeasured accuracy.
     """
-    results = evaluate_gates(report, max_drop=gates.max_drop, max_latency_ms=gates.max_latency_ms)
+    results = evaluate_gates(
+        report,
+        max_drop=gates.max_drop,
+        max_latency_ms=gates.max_latency_ms,
+        min_sqnr_db=gates.min_sqnr_db,
+    )
     failed = failed_gates(results)
     reasons = [f"{gate.name}: {gate.reason}" for gate in failed]
     code = ExitCode.OK
@@ -27,6 +32,13 @@ def judge(report: Report, gates: GatesSection) -> Report:
         verdict = "not for deployment"
         reasons.append("the weights are untrained: nothing is known of its accuracy")
         code = ExitCode.UNTRAINED if report.weights.kind == "untrained" else ExitCode.OK
+    elif report.levels and gates.min_sqnr_db is not None:
+        verdict = "ok"  # by what was asked for: every map is as near to the original's
+        reasons += [*_fidelity(report), *_latency(report)]
+    elif report.levels:
+        verdict = "accuracy not measured"
+        reasons += ["feature maps have no classes: test them under their own head"]
+        reasons += [*_fidelity(report), *_latency(report)]
     elif not report.accuracy:
         verdict = "accuracy not measured"
         reasons.append("no labelled images were given: give --data DIR")
@@ -53,6 +65,12 @@ def _accuracy(report: Report) -> str:
         f"top-1 {found.top1_original:.2f} % became {found.top1:.2f} % in the file that ships "
         f"({found.images} images)"
     )
+
+
+def _fidelity(report: Report) -> list[str]:
+    found = [row for row in report.fidelity if row.artifact == "compressed"]
+    return [f"{row.level}: {row.sqnr_db:.1f} dB beside the original's ({row.format}, "
+            f"{row.images} images)" for row in found]  # fmt: skip
 
 
 def _latency(report: Report) -> list[str]:

@@ -13,11 +13,12 @@ from deploykit.artifacts import loadable
 from deploykit.data import ImageSet
 from deploykit.errors import DeploykitError, TargetMissingError, one_line
 from deploykit.evaluate import paired_accuracy, top1_and_predictions
-from deploykit.export.parity import Reference, compare, in_batches, make_reference
+from deploykit.export.parity import Reference, compare_levels, in_batches, make_reference
 from deploykit.export.registry import Profile, get_exporter
 from deploykit.export.target_reader import loaded
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.edit import makes_choices
+from deploykit.graph.execute import take
 from deploykit.graph.quantized import FLOAT, QuantizedModel, has_activation_quantizers
 from deploykit.images import Images
 from deploykit.latency import measure_as_asked
@@ -25,13 +26,14 @@ from deploykit.progress import Reporter
 from deploykit.recipe import Recipe
 from deploykit.runtimes import import_onnxruntime
 from deploykit.targets.device import allowed_cores
-from deploykit.targets.registry import Target
+from deploykit.targets.registry import Target, joined
 from deploykit.types import Accuracy, Artifact, Backbone, Measurement, ParityRow
 from deploykit.workspace import Workspace
 
 __all__ = ["UNOPTIMIZED", "check_parity", "measure_accuracy", "measure_latency"]
 
 _REFERENCE_BATCH = 8
+_MOST_VALUES = 2**26  # of feature maps, in one of the half dozen copies that a comparison holds
 Maker = Callable[[], Callable[[Tensor], Tensor]]
 """Makes a model when it is about to be run."""
 
@@ -69,23 +71,30 @@ def check_parity(
         total = sum(len(_batches(recipe, artifact)) for artifact, _, _ in places)
         rows = []
         with reporter.step(f"verify on {images.count} images", total=total) as advance:
-            pixels = torch.cat(list(images.batches(images.count)))
+            count = _affordable(images.count, next(iter(floats.values())).backbone)
+            pixels = torch.cat(take(images.batches(count), count))
             dynamic = all(model.dynamic_batch for model in floats.values())
             size = _REFERENCE_BATCH if dynamic else 1
             references = _References(floats, simulations, pixels, size, recipe.seed)
             for artifact, runtime, load in places:
                 run = load()
                 for batch in _batches(recipe, artifact):
-                    row = compare(
+                    found = compare_levels(
                         artifact, runtime, batch, in_batches(run, pixels, batch),
                         references.of(artifact), images.description,
                     )  # fmt: skip
-                    rows.append(row.model_dump(mode="json"))
+                    rows += [row.model_dump(mode="json") for row in found]
                     advance(1)
         return {"rows": _finite(rows), "unchecked": unchecked}
 
     found = workspace.cached("parity", compute)
     return [ParityRow.model_validate(row) for row in found["rows"]], found["unchecked"]
+
+
+def _affordable(count: int, backbone: Backbone) -> int:
+    """How many of the images are compared: feature maps of all of them may not fit in memory."""
+    values = sum(level.values for level in backbone.levels)
+    return count if not values else max(min(count, _MOST_VALUES // values), min(count, 2))
 
 
 def _batches(recipe: Recipe, artifact: Artifact) -> tuple[int, ...]:
@@ -187,7 +196,8 @@ class _References:
     ) -> Reference:
         runs = partial(in_batches, run, size=self.batch)
         graph_module = model.graph_module if model is not None else None
-        return make_reference(name, runs, self.pixels, floats, self.seed, graph_module)
+        levels = next(iter(self.floats.values())).backbone.levels
+        return make_reference(name, runs, self.pixels, floats, self.seed, graph_module, levels)
 
 
 def _as_written(path: Path) -> Callable[[Tensor], Tensor]:
@@ -210,7 +220,7 @@ def _as_written(path: Path) -> Callable[[Tensor], Tensor]:
         message = f"{path}: onnxruntime cannot load it: {one_line(error)}"
         raise DeploykitError(message) from error
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    return lambda images: torch.from_numpy(joined(tuple(session.run(None, {name: images.numpy()}))))
 
 
 def measure_accuracy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from torch import fx
 
 from deploykit.errors import DeploykitError, one_line
-from deploykit.export.onnx_exporters import to_onnx
+from deploykit.export.onnx_exporters import OUTPUT_NAME, to_onnx
 from deploykit.export.onnx_lowering import lowerings as own_lowerings
 from deploykit.export.onnx_names import name_layers
 from deploykit.export.registry import Exported, Profile, Reader, Source, register_exporter
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
+from deploykit.graph.levels import apart
 from deploykit.types import Backbone
 
 __all__ = ["Onnx", "lower_onnx", "onnx_bytes"]
@@ -33,6 +35,7 @@ class Onnx:
     name: str
     suffix: str = ".onnx"
     profile: Profile = "asymmetric"
+    levels: bool = True
 
     def available(self) -> str | None:
         return None
@@ -85,8 +88,9 @@ def lower_onnx(
     """Lower a captured or quantised graph to one ONNX file, opset 21, weights inside.
 
     The input is ``image`` float32 (batch, 3, S, S), the output ``logits`` float32
-    (batch, classes). Weight codes are int8 initialisers, or packed int4 where 4 bits hold them.
-    Convolutions and matrix products are named after the graph's layers.
+    (batch, classes), or one output (batch, C, H, W) a feature map, by the name of its level; the
+    metadata property ``levels`` has them in JSON. Weight codes are int8 initialisers, or packed
+    int4 where 4 bits hold them. Convolutions and matrix products are named after layers.
 
     Args:
         signed: store grids around zero as int8 without a zero point, for runtimes that want it.
@@ -103,12 +107,15 @@ def lower_onnx(
     """
     size = backbone.preprocessing.size
     example = torch.zeros(2 if dynamic_batch else 1, 3, size, size)
+    levels = [level.model_dump(mode="json") for level in backbone.levels]
+    graph_module = apart(graph_module)
     try:
         model, notes = to_onnx(
             graph_module,
             example,
             dynamic_batch=dynamic_batch,
             table={**own_lowerings(signed=signed), **(lowerings or {})},
+            outputs=[level.name for level in backbone.levels] or [OUTPUT_NAME],
         )
     except Exception as error:  # the exporters raise many unrelated types
         message = f"{backbone.name} can't be exported to ONNX: {one_line(error)}"
@@ -117,7 +124,8 @@ def lower_onnx(
     _pack_four_bit(model, _four_bit_names(graph_module))
     _check_batch(model, backbone, dynamic_batch)
     _strip(model)
-    for key, value in sorted((metadata or {}).items()):
+    said = {**(metadata or {}), **({"levels": json.dumps(levels)} if levels else {})}
+    for key, value in sorted(said.items()):
         model.metadata_props[key] = value
     proto = ir.to_proto(model)
     if proto.ByteSize() > _PROTOBUF_LIMIT:

@@ -7,7 +7,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,12 @@ _KINDS = {"Tensor": "v", "float": "f", "int": "i", "bool": "b", "List[float]": "
 
 
 def to_onnx(
-    graph_module: fx.GraphModule, example: Tensor, *, dynamic_batch: bool, table: Table
+    graph_module: fx.GraphModule,
+    example: Tensor,
+    *,
+    dynamic_batch: bool,
+    table: Table,
+    outputs: Sequence[str] = (OUTPUT_NAME,),
 ) -> tuple[ir.Model, list[str]]:
     """A graph as an ONNX model of opset 21.
 
@@ -44,6 +49,7 @@ def to_onnx(
     Args:
         example: (N, 3, S, S).
         table: lowerings of operators.
+        outputs: names of the graph's outputs.
 
     Returns:
         The model, and a line for the report if it wasn't the first exporter that made it.
@@ -52,14 +58,19 @@ def to_onnx(
         Exception: none could; the first one's error.
     """
     ways: list[tuple[str, Callable[[], ir.Model]]] = [
-        ("the dynamo exporter", lambda: _by_dynamo(graph_module, example, dynamic_batch, table)),
+        (
+            "the dynamo exporter",
+            lambda: _by_dynamo(graph_module, example, dynamic_batch, table, outputs),
+        ),
         (
             "the dynamo exporter after run_decompositions",
-            lambda: _by_dynamo(graph_module, example, dynamic_batch, table, decomposed=True),
+            lambda: _by_dynamo(
+                graph_module, example, dynamic_batch, table, outputs, decomposed=True
+            ),
         ),
         (
             "the TorchScript exporter",
-            lambda: _by_torchscript(graph_module, example, dynamic_batch, table),
+            lambda: _by_torchscript(graph_module, example, dynamic_batch, table, outputs),
         ),
     ]
     first: Exception | None = None
@@ -87,6 +98,7 @@ def _by_dynamo(
     example: Tensor,
     dynamic_batch: bool,
     table: Table,
+    outputs: Sequence[str],
     *,
     decomposed: bool = False,
 ) -> ir.Model:
@@ -99,7 +111,7 @@ def _by_dynamo(
         dynamo=True,
         opset_version=OPSET,
         input_names=[INPUT_NAME],
-        output_names=[OUTPUT_NAME],
+        output_names=list(outputs),
         custom_translation_table=translation_table(table),
         optimize=True,
         verbose=False,
@@ -109,7 +121,11 @@ def _by_dynamo(
 
 
 def _by_torchscript(
-    graph_module: fx.GraphModule, example: Tensor, dynamic_batch: bool, table: Table
+    graph_module: fx.GraphModule,
+    example: Tensor,
+    dynamic_batch: bool,
+    table: Table,
+    outputs: Sequence[str],
 ) -> ir.Model:
     """Our operators go through as nodes of a domain of their own and are lowered afterwards."""
     ours = {
@@ -122,7 +138,8 @@ def _by_torchscript(
     used = any(
         is_op(node, *(target for target, _ in ours.values())) for node in graph_module.graph.nodes
     )
-    axes = {INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}} if dynamic_batch else None
+    names = (INPUT_NAME, *outputs)
+    axes = {name: {0: "batch"} for name in names} if dynamic_batch else None
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
@@ -133,7 +150,7 @@ def _by_torchscript(
                 dynamo=False,
                 opset_version=_SCRIPT_OPSET,
                 input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
+                output_names=list(outputs),
                 dynamic_axes=axes,
                 keep_initializers_as_inputs=False,
                 custom_opsets={_KEPT: 1} if used else {},

@@ -23,6 +23,7 @@ class Openvino:
     name: str
     suffix: str = ".xml"
     profile: Profile = "mixed"
+    levels: bool = True
 
     def available(self) -> str | None:
         """None, or why openvino cannot be imported."""

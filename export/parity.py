@@ -13,24 +13,36 @@ and as far as so many images can tell: where both err independently, some images
 A graph that merges tokens makes choices, too: of two tokens that are alike to the sixth digit,
 either goes. Most images have no such pair and must agree as float programs do; no more of them
 may differ than when the graph itself is rerun as above.
+
+Feature maps are judged level by level, each as if it were the only output. They have no classes:
+what is said of top-1 doesn't apply.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from deploykit.export.half import HALF_MARGIN_DB, half_floor_db
+from deploykit.graph.levels import split_joined
 from deploykit.graph.quantized import has_activation_quantizers
 from deploykit.graph.signal import sqnr_db
-from deploykit.types import Artifact, ParityRow
+from deploykit.types import Artifact, FeatureLevel, ParityRow
 
-__all__ = ["Reference", "compare", "in_batches", "make_reference", "most_flips"]
+__all__ = [
+    "Reference",
+    "compare",
+    "compare_levels",
+    "in_batches",
+    "make_reference",
+    "most_flips",
+]
 
 FLOAT_SQNR_DB = 80.0
 NOISE_MARGIN_DB = 3.0  # both differ from the float model by independent noise of equal power
@@ -55,17 +67,21 @@ class Reference:
         restless: most images, in such a rerun, that differ more than float programs may; None
             where every image must agree or the graph quantises activations.
         half_sqnr_db: SQNR of the graph in float16 against itself, worked out when it is asked for.
-        floor_flips: top-1 changes in all such reruns together, of ``reruns`` times N images.
+        floor_flips: top-1 changes in all such reruns together, of ``reruns`` times N images; None
+            of feature maps.
+        reruns: how many there were.
+        levels: of feature maps, each level's own reference, with its name.
     """
 
     name: str
     logits: Tensor
     float_logits: Tensor | None
     floor_sqnr_db: float
-    floor_flips: int
+    floor_flips: int | None
     reruns: int = _DRAWS
     restless: int | None = None
     half_sqnr_db: Callable[[], float] = lambda: math.inf
+    levels: tuple[tuple[FeatureLevel, Reference], ...] = ()
 
 
 @torch.no_grad()
@@ -82,33 +98,92 @@ def make_reference(
     float_logits: Tensor | None,
     seed: int,
     graph_module: fx.GraphModule | None = None,
+    levels: Sequence[FeatureLevel] = (),
 ) -> Reference:
     """Run the graph on the images, and (if it rounds inside) again with them hardly changed.
 
     Args:
-        run: (N, 3, S, S) to (N, classes).
+        run: (N, 3, S, S) to (N, classes), or to joined feature maps.
         images: (N, 3, S, S) float32.
         float_logits: the float model's logits on the images, if the graph quantises
             activations or makes choices, else None.
         graph_module: what ``run`` runs, for files that compute in float16.
+        levels: the feature maps that ``run`` gives.
     """
     logits = run(images)
-    if float_logits is None:
-        if graph_module is None:
-            return Reference(name, logits, None, math.inf, 0)
-        half = functools.cache(functools.partial(half_floor_db, graph_module, images))
-        return Reference(name, logits, None, math.inf, 0, half_sqnr_db=half)
-    generator = torch.Generator().manual_seed(seed)
-    floor, flips, restless = math.inf, 0, 0
-    for _ in range(_DRAWS):
-        noise = torch.randn(images.shape, generator=generator) * PERTURBATION
-        again = run(images * (1 + noise))
-        floor = min(floor, sqnr_db(logits, again))
-        flips += int((logits.argmax(1) != again.argmax(1)).sum())
-        restless = max(restless, _restless(logits, again))
+    wanted = split_joined(logits, levels)
+    floats: Sequence[Tensor | None] = [None] * len(wanted)
+    measured = [_Rerun(flips=None if levels else 0) for _ in wanted]
+    if float_logits is not None:
+        floats = split_joined(float_logits, levels)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(_DRAWS):
+            noise = torch.randn(images.shape, generator=generator) * PERTURBATION
+            again = split_joined(run(images * (1 + noise)), levels)
+            measured = [
+                one.with_draw(*pair) for one, *pair in zip(measured, wanted, again, strict=True)
+            ]
     rounds = graph_module is None or has_activation_quantizers(graph_module)
-    restless_images = None if rounds else restless
-    return Reference(name, logits, float_logits, floor, flips, restless=restless_images)
+    parts = []
+    for number, (outputs, exact, seen) in enumerate(zip(wanted, floats, measured, strict=True)):
+        restless = None if rounds or float_logits is None else seen.restless
+        one = Reference(name, outputs, exact, seen.floor, seen.flips, restless=restless)
+        if float_logits is None and graph_module is not None:
+            part = functools.partial(_level, levels=levels, number=number)
+            half = functools.cache(functools.partial(half_floor_db, graph_module, images, part))
+            one = dataclasses.replace(one, half_sqnr_db=half)
+        parts.append(one)
+    if not levels:
+        return parts[0]
+    whole = Reference(name, logits, float_logits, min(seen.floor for seen in measured), None)
+    return dataclasses.replace(whole, levels=tuple(zip(levels, parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Rerun:
+    """How far reruns with the input hardly changed were from the first run.
+
+    Attributes:
+        floor, restless: at the worst.
+        flips: of all together.
+    """
+
+    floor: float = math.inf
+    flips: int | None = 0
+    restless: int = 0
+
+    def with_draw(self, logits: Tensor, again: Tensor) -> _Rerun:
+        flips = self.flips
+        if flips is not None:
+            flips += int((logits.argmax(1) != again.argmax(1)).sum())
+        floor = min(self.floor, sqnr_db(logits, again))
+        return _Rerun(floor, flips, max(self.restless, _restless(logits, again)))
+
+
+def _level(joined: Tensor, levels: Sequence[FeatureLevel], number: int) -> Tensor:
+    return split_joined(joined, levels)[number]
+
+
+def compare_levels(
+    artifact: Artifact,
+    runtime: str,
+    batch: int,
+    outputs: Tensor,
+    reference: Reference,
+    data: str,
+) -> list[ParityRow]:
+    """``compare``, a row for every level of feature maps; one row where scores are compared.
+
+    Args:
+        outputs: (N, classes), or feature maps joined, (N, total).
+    """
+    if not reference.levels:
+        return [compare(artifact, runtime, batch, outputs, reference, data)]
+    levels = [level for level, _ in reference.levels]
+    return [
+        compare(artifact, runtime, batch, part, own, data).model_copy(update={"level": level.name})
+        for part, (level, own) in zip(split_joined(outputs, levels), reference.levels, strict=True)
+    ]
 
 
 def compare(
@@ -129,7 +204,8 @@ def compare(
     count = len(wanted)
     difference = (logits.double() - wanted.double()).abs()
     sqnr = sqnr_db(wanted, logits)
-    disagree = int((logits.argmax(1) != wanted.argmax(1)).sum())
+    has_classes = reference.floor_flips is not None
+    disagree = int((logits.argmax(1) != wanted.argmax(1)).sum()) if has_classes else 0
     own: float | None
     if reference.float_logits is None:
         needed, why = FLOAT_SQNR_DB, ""
@@ -143,16 +219,17 @@ def compare(
     else:
         own = sqnr_db(reference.float_logits, wanted)
         theirs = sqnr_db(reference.float_logits, logits)
-        allowed = most_flips(count, reference.floor_flips, reference.reruns * count)
+        allowed = most_flips(count, reference.floor_flips or 0, reference.reruns * count)
         needed = min(own - NOISE_MARGIN_DB, FLOAT_SQNR_DB)
         excess = HALF_EXCESS_DB if artifact.half else EXCESS_DB
         noisier = _noisier(reference.float_logits, wanted, logits, excess)
         passed = sqnr >= needed and not noisier and disagree <= allowed
         tolerance = (
             f"SQNR >= {needed:.1f} dB; noise within {excess:g} dB of the reference's, as far as "
-            f"{count} images tell (it is {theirs:.1f} dB); at most "
-            f"{allowed} of {count} top-1 changed, as chance explains"
+            f"{count} images tell (it is {theirs:.1f} dB)"
         )
+        if has_classes:
+            tolerance += f"; at most {allowed} of {count} top-1 changed, as chance explains"
         if reference.restless is not None:
             most = 2 * reference.restless + 1
             passed = passed and (artifact.half or _restless(wanted, logits) <= most)
@@ -169,7 +246,7 @@ def compare(
         max_abs=float(difference.max()),
         mean_abs=float(difference.mean()),
         sqnr_db=sqnr,
-        top1_agreement=100 * (count - disagree) / count,
+        top1_agreement=100 * (count - disagree) / count if has_classes else None,
         noise_db=own,
         floor_db=None if own is None else reference.floor_sqnr_db,
         tolerance=tolerance,

@@ -28,6 +28,7 @@ __all__ = [
     "Reader",
     "Source",
     "get_exporter",
+    "holds_levels",
     "list_exporters",
     "register_exporter",
 ]
@@ -95,6 +96,7 @@ class Exporter(Protocol):
     suffix: str
     """With the dot. A format that is a folder has one, too (``.mlpackage``)."""
     profile: Profile
+    # levels: bool = False  it holds feature maps as several outputs; see ``holds_levels``
 
     def available(self) -> str | None:
         """None when the format can be written, else why not and how to mend it."""
@@ -162,6 +164,11 @@ def get_exporter(name: str) -> Exporter:
         message = f"unknown format {name!r}; did you mean: {', '.join(near)}"
         raise UsageError(message) from None
     return cls()
+
+
+def holds_levels(exporter: Exporter) -> bool:
+    """Whether a format holds models with several outputs; one of another package may not say."""
+    return bool(getattr(exporter, "levels", False))
 
 
 def list_exporters() -> list[str]:

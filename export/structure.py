@@ -37,7 +37,7 @@ from deploykit.export.structure_tensors import (
     read_tensors,
 )
 from deploykit.graph.edit import layer_name
-from deploykit.types import Backbone, Preprocessing, WeightsOrigin
+from deploykit.types import Backbone, FeatureLevel, Preprocessing, WeightsOrigin
 
 __all__ = [
     "STRUCTURE_NAME",
@@ -79,6 +79,7 @@ class _Model(BaseModel):
     weights: WeightsOrigin
     precision: str = Field(max_length=40)
     dynamic_batch: bool
+    levels: tuple[FeatureLevel, ...] = Field(default=(), max_length=1000)
 
 
 class _Structure(_Strict):
@@ -167,6 +168,7 @@ def model_bytes(
             weights=backbone.weights,
             precision=precision,
             dynamic_batch=dynamic_batch,
+            levels=backbone.levels,
         ),
         tensors_sha256=hashlib.sha256(tensors).hexdigest(),
         tensors=table,
@@ -238,6 +240,7 @@ def load_model(path: Path) -> SavedModel:
         num_classes=model.num_classes,
         family=model.family,
         paper=model.paper,
+        levels=model.levels,
     )
     return SavedModel(graph_module, backbone, model.precision, model.dynamic_batch)
 
@@ -281,7 +284,8 @@ def _build(structure: _Structure, tensors: Mapping[str, Tensor]) -> fx.GraphModu
         graph_module = fx.GraphModule(root, graph).eval()
     except (RuntimeError, SyntaxError) as error:
         raise BadArgumentError(f"a graph that can't be built ({one_line(error, 160)})") from error
-    check_shapes(graph_module, structure.model.preprocessing.size)
+    model = structure.model
+    check_shapes(graph_module, model.preprocessing.size, model.levels)
     return graph_module
 
 

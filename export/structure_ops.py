@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from deploykit.graph import levels as _levels  # noqa: F401  makes join_levels
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 
 __all__ = ["SIZE_OPS", "find_op", "name_of"]
@@ -41,7 +42,9 @@ _ATEN_NAMES = """
     upsample_nearest2d var var_mean view view_as where zeros zeros_like
 """
 _ATEN = frozenset(_ATEN_NAMES.split())
-_DEPLOYKIT = frozenset({"dequantize", "fake_quantize", "fake_quantize_log", "fake_quantize_twin"})
+_DEPLOYKIT = frozenset(
+    {"dequantize", "fake_quantize", "fake_quantize_log", "fake_quantize_twin", "join_levels"}
+)
 
 _PYTHON: dict[str, Callable[..., Any]] = {
     "python.add": operator.add,

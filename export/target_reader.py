@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from deploykit.export.registry import Reader
-from deploykit.targets.registry import Target, get_target
+from deploykit.targets.registry import Target, get_target, joined
 
 __all__ = ["loaded", "read_by"]
 
 
 def loaded(target: Target, path: Path, threads: int) -> Reader:
-    """A file loaded by a target: images float32 (N, 3, S, S) to logits float32 (N, classes).
+    """A file loaded by a target: images float32 (N, 3, S, S) to logits float32 (N, classes), or
+    to its feature maps, joined.
 
     Raises:
         DeploykitError: as ``Target.load``.
@@ -22,7 +23,7 @@ def loaded(target: Target, path: Path, threads: int) -> Reader:
     run = target.load(path, threads)
 
     def read(images: Tensor) -> Tensor:
-        return torch.from_numpy(run(images.numpy()))
+        return torch.from_numpy(joined(run(images.numpy())))
 
     return read
 

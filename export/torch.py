@@ -18,6 +18,7 @@ class TorchExporter:
     name: str
     suffix: str = ".torch"
     profile: Profile = "asymmetric"
+    levels: bool = True
 
     def available(self) -> str | None:
         """None: it needs nothing that may be missing."""

@@ -10,6 +10,9 @@ first order vanishes too; its second order is the Fisher matrix, the covariance 
 as ``E[u u^T] = diag(p) - p p^T``, the Hessian of the KL in the logits. A draw of ``u`` for each
 image is one backward pass, needs no label, and gradients of different images don't correlate, so
 those of a batch may be summed.
+
+Feature maps have no answer. What pruning should keep there is every value of theirs: the change
+that counts is half their squared error, whose Hessian in them is the identity, and u = e.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 from deploykit.prune.importance import Importance, unit_scores
 from deploykit.prune.structured_groups import Group
 
-__all__ = ["measured_scores", "score_vector"]
+__all__ = ["map_vector", "measured_scores", "score_vector"]
 
 _AT_ONCE = 8  # images a backward pass: more passes are more draws of what is squared
 
@@ -35,6 +38,11 @@ def score_vector(logits: Tensor, generator: torch.Generator) -> Tensor:
     return root * noise - p * (root * noise).sum(-1, keepdim=True)
 
 
+def map_vector(maps: Tensor, generator: torch.Generator) -> Tensor:
+    """A random gradient for joined feature maps (N, total), of covariance 1."""
+    return torch.randn(maps.shape, generator=generator, dtype=maps.dtype)
+
+
 def measured_scores(
     module: nn.Module,
     groups: Sequence[Group],
@@ -44,6 +52,7 @@ def measured_scores(
     *,
     seed: int = 0,
     advance: Callable[[float], None] = lambda _: None,
+    draw: Callable[[Tensor, torch.Generator], Tensor] = score_vector,
 ) -> list[Tensor]:
     """Scores of all units, float64 (copies, units) for each group, averaged over images.
 
@@ -52,6 +61,7 @@ def measured_scores(
     Args:
         module: the groups' own, in eval mode; its gradients are used and then dropped.
         images: how many of the batches' images are read.
+        draw: the random gradient of what the module gives.
     """
     if not importance.gradients:
         return unit_scores(groups, importance)
@@ -67,7 +77,7 @@ def measured_scores(
                 module.zero_grad(set_to_none=True)
                 with torch.enable_grad():
                     logits = module(part)
-                    (logits * score_vector(logits, generator)).sum().backward()
+                    (logits * draw(logits, generator)).sum().backward()
                 for sums, more in zip(total, unit_scores(groups, importance), strict=True):
                     sums += more
                 seen += len(part)

@@ -15,7 +15,7 @@ from deploykit.graph.capture import capture
 from deploykit.graph.macs import count_macs
 from deploykit.progress import Steps, silent
 from deploykit.prune.importance import find_importance
-from deploykit.prune.importance_gradients import measured_scores
+from deploykit.prune.importance_gradients import map_vector, measured_scores, score_vector
 from deploykit.prune.latency import LayerShape, MeasureLayers, latency_terms
 from deploykit.prune.structured_blocks import remove_blocks
 from deploykit.prune.structured_convert import slim_copy
@@ -62,7 +62,8 @@ def prune_structure(
     if options.budget == "latency" and measure is None:
         raise UsageError("budget latency: no target is there to time layers on; try budget macs")
     size = backbone.preprocessing.size
-    job = _Job(options, batches, _remembered(measure), torch.zeros(1, 3, size, size))
+    draw = map_vector if backbone.levels else score_vector
+    job = _Job(options, batches, _remembered(measure), torch.zeros(1, 3, size, size), draw)
     with steps("find what can be pruned"):
         module, declined = slim_copy(backbone.module, job.example)
         before, before_macs = _count(module), count_macs(module, size)
@@ -105,6 +106,7 @@ class _Job:
     batches: Callable[[], Iterable[Tensor]]
     measure: MeasureLayers | None
     example: Tensor
+    draw: Callable[[Tensor, torch.Generator], Tensor]
 
     def find(self, module: nn.Module, declined: dict[str, str]) -> None:
         """Find the groups in the scope that can be relied on."""
@@ -166,7 +168,7 @@ class _Job:
         importance = find_importance(options.importance)
         scores = measured_scores(
             module, self.groups, importance, self.batches, options.images,
-            seed=options.seed, advance=advance,
+            seed=options.seed, advance=advance, draw=self.draw,
         )  # fmt: skip
         for index, group in enumerate(self.groups):
             if group.free:  # each copy's units in its own order, least important first

@@ -32,19 +32,21 @@ def reliable_groups(
         example: float32 (1, 3, S, S); only its shape counts.
     """
     image = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
-    if not _failure(module, groups, image, round_to):
+    with torch.no_grad():
+        shape = module(image).shape
+    if not _failure(module, groups, image, round_to, shape):
         return list(groups), {}
     good: list[Group] = []
     declined: dict[str, str] = {}
     for group in groups:
-        failure = _failure(module, [group], image, round_to)
+        failure = _failure(module, [group], image, round_to, shape)
         if failure:
             declined[group.key] = failure
         else:
             good.append(group)
     # Each works alone; together they must as well, or the coupled ones go first.
     for kind in ("embedding", "conv", "mlp", "v", "qk", "heads"):
-        failure = _failure(module, good, image, round_to)
+        failure = _failure(module, good, image, round_to, shape)
         if not failure:
             break
         declined |= {g.key: f"not together with others: {failure}" for g in good if g.kind == kind}
@@ -52,7 +54,9 @@ def reliable_groups(
     return good, declined
 
 
-def _failure(module: nn.Module, groups: Sequence[Group], image: Tensor, round_to: int) -> str:
+def _failure(
+    module: nn.Module, groups: Sequence[Group], image: Tensor, round_to: int, shape: torch.Size
+) -> str:
     """Why a trial of the groups fails, or "". Peak memory: two copies of the network."""
     kept = {}
     for group in groups:
@@ -68,6 +72,8 @@ def _failure(module: nn.Module, groups: Sequence[Group], image: Tensor, round_to
             result = pruned(image)
     except Exception as error:  # shapes that don't fit raise anything
         return f"the network doesn't run without them: {one_line(error, 120)}"
+    if result.shape != shape:
+        return "they are channels of what the network gives, which its user counts on"
     comparable = [group for group in groups if _can_be_silenced(group)]
     if len(comparable) < len(groups):
         return ""  # norms over the residual stream see fewer channels: answers differ

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from deploykit.graph.execute import Executor, Hook, take
+from deploykit.graph.levels import has_levels
 from deploykit.graph.units import Unit, split_units
 from deploykit.progress import Steps
 from deploykit.quant.cache import TensorCache
@@ -83,10 +84,7 @@ def walk_units(
                 advance(len(unit.layers) + per_unit)
     summary = f"{len(state.weights)} weights rounded by {options.rounding} on {sum(counts)} images"
     if learner:
-        summary += (
-            f"; {len(units)} units reconstructed, {options.reconstruction} loss, "
-            f"{per_unit} steps each"
-        )
+        summary += f"; {len(units)} units reconstructed, {learner.kind} loss, {per_unit} steps each"
     details = {"units": [unit.name for unit in units], "biases_corrected": len(state.biases)}
     return [PassRecord(name="round", summary=summary, details=details)]
 
@@ -120,6 +118,8 @@ class _Learner:
     ) -> None:
         self.executor, self.units = executor, units
         self.kind, self.weight_bits = options.reconstruction, options.weight_bits
+        if has_levels(executor.graph_module.graph):
+            self.kind = "plain"  # the others weigh errors by what they do to the classes
         largest = max(len(batch) for batch in images)
         self.options = ReconstructionOptions(
             iterations=options.reconstruction_iterations,

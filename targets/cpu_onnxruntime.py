@@ -11,7 +11,7 @@ import numpy as np
 
 from deploykit.errors import MeasurementError, UsageError, one_line
 from deploykit.runtimes import import_onnxruntime, why_not
-from deploykit.targets.registry import FloatArray, Runner, register_target
+from deploykit.targets.registry import FloatArray, Outputs, Runner, register_target, wanted_outputs
 
 __all__ = ["CpuOnnxRuntime", "open_session", "timed_options"]
 
@@ -122,14 +122,17 @@ class _Session:
     def __init__(self, session: Any, input_name: str, path: Path) -> None:
         self._session = session
         self._input = input_name
-        self._outputs = [session.get_outputs()[0].name]
+        outputs = session.get_outputs()
+        wanted = wanted_outputs([len(output.shape) for output in outputs])
+        self._outputs = [outputs[index].name for index in wanted]
         self._path = path
 
-    def __call__(self, images: FloatArray, /) -> FloatArray:
+    def __call__(self, images: FloatArray, /) -> Outputs:
         feed = {self._input: np.ascontiguousarray(images, dtype=np.float32)}
         try:
-            logits = self._session.run(self._outputs, feed)[0]
+            outputs = self._session.run(self._outputs, feed)
         except Exception as error:
             message = f"{self._path}: onnxruntime failed on {images.shape}: {one_line(error)}"
             raise MeasurementError(message) from error
-        return np.asarray(logits, dtype=np.float32)
+        made = tuple(np.asarray(output, dtype=np.float32) for output in outputs)
+        return made[0] if len(made) == 1 else made

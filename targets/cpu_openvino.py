@@ -11,7 +11,7 @@ import numpy as np
 
 from deploykit.errors import MeasurementError, UsageError, one_line
 from deploykit.runtimes import import_openvino, kept_signal_stack, why_not
-from deploykit.targets.registry import FloatArray, Runner, register_target
+from deploykit.targets.registry import FloatArray, Outputs, Runner, register_target, wanted_outputs
 
 __all__ = ["CpuOpenvino", "compile_file", "timed_options"]
 
@@ -73,7 +73,7 @@ class CpuOpenvino:
             raise UsageError(message)
         really = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         request = compiled.create_infer_request()
-        return _Request(request, compiled.outputs[0], path, _FLOATS.get(really, really))
+        return _Request(request, compiled.outputs, path, _FLOATS.get(really, really))
 
 
 def timed_options(threads: int) -> dict[str, Any]:
@@ -109,19 +109,23 @@ def compile_file(path: Path, options: Mapping[str, Any]) -> Any:
 
 
 class _Request:
-    def __init__(self, request: Any, output: Any, path: Path, precision: str) -> None:
+    def __init__(self, request: Any, outputs: Any, path: Path, precision: str) -> None:
         self.precision = precision
         """Of floats, as the compiled model says."""
         self._request = request
-        self._output = output
+        wanted = wanted_outputs(
+            [output.get_partial_shape().rank.get_length() for output in outputs]
+        )
+        self._outputs = [outputs[index] for index in wanted]
         self._path = path
 
-    def __call__(self, images: FloatArray, /) -> FloatArray:
+    def __call__(self, images: FloatArray, /) -> Outputs:
         batch = np.ascontiguousarray(images, dtype=np.float32)
         try:
-            # the input is read in place, as ONNX Runtime does; the output is a copy
-            logits = self._request.infer([batch], share_inputs=True)[self._output]
+            # the input is read in place, as ONNX Runtime does; the outputs are copies
+            found = self._request.infer([batch], share_inputs=True)
         except Exception as error:
             message = f"{self._path}: openvino failed on {images.shape}: {one_line(error)}"
             raise MeasurementError(message) from error
-        return np.asarray(logits, dtype=np.float32)
+        made = tuple(np.asarray(found[one], dtype=np.float32) for one in self._outputs)
+        return made[0] if len(made) == 1 else made

@@ -16,7 +16,7 @@ import numpy as np
 from deploykit.errors import MeasurementError, UsageError, one_line
 from deploykit.targets.environments import here, missing
 from deploykit.targets.host import Guest, call, guest_command
-from deploykit.targets.registry import FloatArray, Runner
+from deploykit.targets.registry import FloatArray, Runner, joined
 
 __all__ = ["SERVING", "GuestRunner", "IsolatedTarget", "one_by_one"]
 
@@ -147,6 +147,6 @@ def one_by_one(run: Runner) -> Runner:
 
     def run_all(images: FloatArray, /) -> FloatArray:
         batch = np.ascontiguousarray(images, dtype=np.float32)
-        return np.concatenate([run(batch[i : i + 1]) for i in range(len(batch))])
+        return np.concatenate([joined(run(batch[i : i + 1])) for i in range(len(batch))])
 
     return run_all

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -24,11 +24,14 @@ from deploykit.errors import TargetMissingError, UsageError, one_line
 
 __all__ = [
     "ENTRY_POINT_GROUP",
+    "Outputs",
     "Runner",
     "Target",
     "get_target",
+    "joined",
     "list_targets",
     "register_target",
+    "wanted_outputs",
 ]
 
 ENTRY_POINT_GROUP = "deploykit.targets"
@@ -39,10 +42,30 @@ _KINDS = ("coreml", "cpu", "cuda", "mobile")
 FloatArray = NDArray[np.float32]
 
 
-class Runner(Protocol):
-    """A loaded artefact: images float32 (N, 3, S, S) to logits float32 (N, classes)."""
+Outputs = FloatArray | tuple[FloatArray, ...]
+"""Of one call: logits float32 (N, classes), or feature maps (N, C, H, W) in the file's order.
 
-    def __call__(self, images: FloatArray, /) -> FloatArray: ...
+A file with several outputs gives a tuple; joining them would be timed with the model.
+"""
+
+
+class Runner(Protocol):
+    """A loaded artefact: images float32 (N, 3, S, S) to its outputs."""
+
+    def __call__(self, images: FloatArray, /) -> Outputs: ...
+
+
+def wanted_outputs(ranks: Sequence[int]) -> list[int]:
+    """Which of a file's outputs are asked for: all if they are feature maps, else the first."""
+    return list(range(len(ranks))) if set(ranks) == {4} else [0]
+
+
+def joined(outputs: Outputs) -> FloatArray:
+    """Logits as they are; feature maps flattened and joined image by image, (N, total)."""
+    maps = outputs if isinstance(outputs, tuple) else (outputs,)
+    if maps[0].ndim != 4:
+        return maps[0]
+    return np.concatenate([one.reshape(len(one), -1) for one in maps], axis=1)
 
 
 class Target(Protocol):

@@ -18,7 +18,7 @@ import numpy as np
 
 from deploykit.errors import DeploykitError, one_line
 from deploykit.targets.answering import end_with, private_stdout
-from deploykit.targets.registry import FloatArray, Runner, get_target
+from deploykit.targets.registry import FloatArray, Runner, get_target, joined
 
 __all__ = ["main", "pack", "unpack"]
 
@@ -77,7 +77,7 @@ def _answer(
         runners.append(target.load(Path(request["path"]), request["threads"]))
         return {"runner": len(runners) - 1}, None
     if what == "run":
-        return {}, runners[request["runner"]](unpack(body))
+        return {}, joined(runners[request["runner"]](unpack(body)))
     module, _, path = request["function"].partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), path)
     return {"result": function(**request["arguments"])}, None

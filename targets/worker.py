@@ -21,7 +21,7 @@ from deploykit.targets.device import Neighbours, describe, peak_rss_bytes, pin
 from deploykit.targets.energy import Meter, NvmlMeter, energy_of_a_call, find_rapl
 from deploykit.targets.machine_state import read_state, throttled_between
 from deploykit.targets.nvml import Gpu, find_gpu
-from deploykit.targets.registry import FloatArray, Runner, Target, get_target
+from deploykit.targets.registry import FloatArray, Outputs, Runner, Target, get_target, joined
 
 if TYPE_CHECKING:
     from deploykit.targets.protocol import Series
@@ -219,12 +219,12 @@ def plain_series(one: Series) -> dict[str, Any]:
     }
 
 
-def _calls(target: Target, request: Request) -> Sequence[Callable[[], FloatArray]]:
+def _calls(target: Target, request: Request) -> Sequence[Callable[[], Outputs]]:
     images = _images(request)
     calls = []
     for path in request["artifacts"]:
         runner = target.load(Path(path), request["threads"])
-        output = runner(images)
+        output = joined(runner(images))
         if output.ndim < 2 or len(output) != len(images):
             message = f"{path}: {len(images)} images in, output of shape {output.shape} out"
             raise UsageError(message)

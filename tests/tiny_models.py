@@ -94,3 +94,76 @@ def tiny_branching() -> nn.Module:
         "std": (0.25, 0.25, 0.25),
     }
     return net.eval()
+
+
+def tiny_windows(num_classes: int = CLASSES) -> nn.Module:
+    """A Swin of two stages: feature maps of 8 and of 4 places a side."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        net: nn.Module = timm.models.SwinTransformer(
+            img_size=SIZE, patch_size=4, window_size=4, embed_dim=16, depths=(2, 1),
+            num_heads=(2, 4), num_classes=num_classes,
+        )  # fmt: skip
+        for parameter in net.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    net.deploykit_preprocessing = {
+        "size": SIZE,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+    }
+    return net.eval()
+
+
+class Staged(nn.Module):
+    """Stages in a list and scores at the end, but no way of timm's to its maps."""
+
+    def __init__(self, channels: tuple[int, ...] = (8, 12)) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        widths = zip((8, *channels), channels, strict=False)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()) for i, o in widths
+        )
+        self.head = nn.Linear(channels[-1], CLASSES)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The maps of the stages."""
+        x, found = self.stem(x), []
+        for stage in self.stages:
+            x = stage(x)
+            found.append(x)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.maps(x)[-1].mean((2, 3)))
+        return scores
+
+
+class Encoder(Staged):
+    """The same, giving its maps."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return self.maps(x)
+
+
+def _seeded(make: type[nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        net = make()
+    net.deploykit_preprocessing = {
+        "size": SIZE,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+    }
+    return net.eval()
+
+
+def tiny_stages() -> nn.Module:
+    """Scores by two stages."""
+    return _seeded(Staged)
+
+
+def tiny_encoder() -> nn.Module:
+    """The maps of two stages, as a detector's backbone gives them."""
+    return _seeded(Encoder)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deploykit._compat import timm
 from deploykit.backbones.deploy_form import in_deploy_form
+from deploykit.backbones.features import with_features
 from deploykit.backbones.inserting import host_section, refuse_finished, with_inserted
 from deploykit.backbones.onnx_file import build_onnx_file
 from deploykit.backbones.registry import arch_of, own_builder
@@ -66,7 +67,9 @@ def build_backbone(model: ModelSection, seed: int) -> tuple[Backbone, list[str]]
         assert resolved.weights_path is not None
         refuse_finished(model, resolved.name)
         read = build_onnx_file if resolved.kind == "onnx" else build_structure_file
-        return read(resolved.weights_path, model, notes), notes
+        backbone = read(resolved.weights_path, model, notes)
+        _agree_on_features(model, backbone)
+        return backbone, notes
     if resolved.weights_path is not None and model.weights == "auto":
         model = model.model_copy(update={"weights": str(resolved.weights_path)})
     build = {"timm": _build_timm, "own": _build_own, "factory": _build_factory}[resolved.kind]
@@ -79,10 +82,23 @@ def build_backbone(model: ModelSection, seed: int) -> tuple[Backbone, list[str]]
     if note is not None:
         notes.append(note)
     backbone = dataclasses.replace(backbone, module=module)
+    if model.features is not False:
+        backbone = with_features(backbone, model.features)
     backbone.module.requires_grad_(False)
     backbone.module.train()  # leaving eval mode drops bias caches that hold old weights
     backbone.module.eval()
     return backbone, notes
+
+
+def _agree_on_features(model: ModelSection, backbone: Backbone) -> None:
+    """A finished network has its outputs; a recipe must know which, as much depends on it."""
+    if model.gives_features and (not backbone.levels or model.features is not True):
+        message = f"model.features: {backbone.name} is a finished network with outputs of its own"
+        raise UsageError(f"{message}; leave features out")
+    if backbone.levels and not model.gives_features:
+        raise UsageError(
+            f"{backbone.name} was saved with feature maps for outputs; give --features"
+        )
 
 
 def _build_timm(resolved: Resolved, model: ModelSection, seed: int, notes: list[str]) -> Backbone:
@@ -263,8 +279,10 @@ def _build_factory(
         assert source is not None  # a path is found or refused
         notes += load_strictly(module, read_checkpoint(source.path), source.label)
         origin = _origin(model.weights, source, "")
-    classes = _check_output(module, preprocessing.size, name, checked=True)
-    if model.num_classes is not None and classes != model.num_classes:
+    classes = 0  # of a module that may give maps instead
+    if not model.gives_features:
+        classes = _check_output(module, preprocessing.size, name, checked=True)
+    if model.num_classes is not None and classes not in (0, model.num_classes):
         message = f"model {name} has {classes} outputs, but num_classes is {model.num_classes}"
         raise UsageError(f"{message}; drop num_classes, or let the factory take it")
     return Backbone(

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploykit.errors import one_line
+from deploykit.graph.levels import join_levels
 from deploykit.synthetic import synthetic_images
 from deploykit.types import Backbone
 
@@ -44,7 +45,7 @@ def in_deploy_form(backbone: Backbone) -> tuple[nn.Module, str | None]:
         try:
             merged = copy.deepcopy(module)
             count = _merge(merged)
-            before, after = module(images), merged.eval()(images)
+            before, after = _joined(module(images)), _joined(merged.eval()(images))
         except Exception as error:  # blocks of any package, with failures of any type
             what = one_line(error, 120)
             return module, f"branches for training are kept: merging them failed ({what})"
@@ -54,6 +55,11 @@ def in_deploy_form(backbone: Backbone) -> tuple[nn.Module, str | None]:
         return module, note
     blocks = "block" if count == 1 else "blocks"
     return merged, f"{count} {blocks} in deployment form (scores differ by {difference:.0e})"
+
+
+def _joined(output: Tensor | Sequence[Tensor]) -> Tensor:
+    """Scores as they are; feature maps joined."""
+    return output if isinstance(output, Tensor) else join_levels(list(output))
 
 
 def _merger(module: nn.Module) -> Callable[[], object] | None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from deploykit.graph.macs import count_macs
-from deploykit.types import Backbone, Preprocessing, WeightsOrigin
+from deploykit.types import Backbone, FeatureLevel, Preprocessing, WeightsOrigin
 
 __all__ = ["Inspection", "inspect_backbone"]
 
@@ -27,6 +27,7 @@ class Inspection(BaseModel):
     paper: str
     weights: WeightsOrigin
     num_classes: int
+    levels: list[FeatureLevel] = Field(default=[], description="feature maps, in place of classes")
     preprocessing: Preprocessing
     params: int = Field(description="parameters, buffers not counted")
     macs: int = Field(description="multiply-adds for one image, in linear, conv and matmul")
@@ -50,6 +51,7 @@ def inspect_backbone(backbone: Backbone, notes: list[str] | None = None) -> Insp
         paper=backbone.paper,
         weights=backbone.weights,
         num_classes=backbone.num_classes,
+        levels=list(backbone.levels),
         preprocessing=backbone.preprocessing,
         params=sum(p.numel() for p in module.parameters()),
         macs=count_macs(module, size),

@@ -24,7 +24,8 @@ class CapturedModel:
     """An inference graph of ATen operators with one image input and one logits output.
 
     Attributes:
-        graph_module: input ``(N, 3, S, S)`` float32, output ``(N, classes)`` float32. Tensors
+        graph_module: input ``(N, 3, S, S)`` float32, output ``(N, classes)`` float32, or joined
+            feature maps where the backbone has ``levels`` (``levels.py``). Tensors
             are reached by get_attr nodes. Passes copy it before they change it.
         backbone: what it was captured from.
         dynamic_batch: False where the model itself fixes the batch size it was traced with.
@@ -85,11 +86,23 @@ def capture(backbone: Backbone) -> CapturedModel:
         program, dynamic = export_program(module, torch.zeros(2, 3, size, size))
         graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
+    if backbone.levels:
+        _name_without_wrapper(graph_module)
     decompose_attention(graph_module)
     remove_dropout(graph_module)
     functionalize(graph_module)
     clean(graph_module)
     return CapturedModel(graph_module, backbone, dynamic)
+
+
+def _name_without_wrapper(graph_module: fx.GraphModule) -> None:
+    """Call layers what they are called where the network gives scores, without ``model.``."""
+    for node in graph_module.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {
+            key: (path.removeprefix("model").removeprefix("."), kind)
+            for key, (path, kind) in stack.items()
+        }
 
 
 def with_shapes(captured: CapturedModel) -> CapturedModel:

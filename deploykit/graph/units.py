@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from deploykit.graph.edit import is_op, layer_name
+from deploykit.graph.levels import level_nodes
 
 __all__ = ["Unit", "activation_nodes", "image_nodes", "split_units"]
 
@@ -65,7 +66,7 @@ def split_units(graph: fx.Graph, planned: Container[str]) -> list[Unit]:
         planned: names of the nodes that are quantised.
     """
     (image,) = [node for node in graph.nodes if node.op == "placeholder"]
-    pieces = _pieces(image, activation_nodes(graph))
+    pieces = _pieces(image, _chain(graph, planned))
     groups: list[list[fx.Node]] = []
     names: list[str | None] = []
     for piece in pieces:
@@ -83,6 +84,22 @@ def split_units(graph: fx.Graph, planned: Container[str]) -> list[Unit]:
         units.append(Unit(name or nodes[-1].name, tuple(nodes), source, layers))
         source = nodes[-1]
     return units
+
+
+def _chain(graph: fx.Graph, planned: Container[str]) -> list[fx.Node]:
+    """The activations that lead to a planned layer or to the last output.
+
+    Of feature maps only the last counts: the others are left behind on the way, and would keep
+    everything after the first of them in one piece if they counted as alive.
+    """
+    nodes, levels = activation_nodes(graph), level_nodes(graph)
+    if not levels:
+        return nodes
+    wanted = {levels[-1], *(node for node in nodes if node.name in planned)}
+    for node in reversed(nodes):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    return [node for node in nodes if node in wanted]
 
 
 def _pieces(image: fx.Node, nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:

@@ -20,13 +20,15 @@ class Table(NamedTuple):
 
 
 class ParityLine(NamedTuple):
-    """One file in one runtime; a cell for each batch, empty where it was not compared."""
+    """One file, or one feature map of it, in one runtime; a cell for each batch, empty where it
+    was not compared."""
 
     artifact: str
     format: str
     precision: str
     runtime: str
     reference: str
+    level: str
     cells: list[list[ParityRow]]
 
 
@@ -40,9 +42,9 @@ class ParityGrid(NamedTuple):
 def parity_grid(rows: Sequence[ParityRow]) -> ParityGrid:
     """The comparisons, one line a file and runtime."""
     batches = sorted({row.batch for row in rows})
-    groups: dict[tuple[str, str, str, str, str], list[ParityRow]] = {}
+    groups: dict[tuple[str, str, str, str, str, str], list[ParityRow]] = {}
     for row in rows:
-        key = (row.artifact, row.format, row.precision, row.runtime, row.reference)
+        key = (row.artifact, row.format, row.precision, row.runtime, row.reference, row.level)
         groups.setdefault(key, []).append(row)
     lines = [
         ParityLine(*key, [[row for row in found if row.batch == batch] for batch in batches])

@@ -21,7 +21,7 @@ from deploykit.errors import (
     UsageError,
 )
 from deploykit.report.wording import bytes_text, clean, drop_sentence, interval, ms, percent
-from deploykit.types import Artifact, GateResult, Measurement
+from deploykit.types import Artifact, GateResult, Measurement, ParityRow
 
 if TYPE_CHECKING:
     from deploykit.report.model import Report
@@ -65,6 +65,7 @@ def evaluate_gates(
     max_latency_ms: float | None = None,
     max_bytes: int | None = None,
     max_latency_ratio: float | None = None,
+    min_sqnr_db: float | None = None,
     baseline: Report | None = None,
     target: str | None = None,
     targets: Sequence[str] | Mapping[str, TargetLimits] | None = None,
@@ -79,6 +80,8 @@ def evaluate_gates(
         max_bytes: Limit of the file's size. A file too big shares the latency gate's exit code.
         max_latency_ratio: Limit of median latency over the original's; comparable across
             machines, as the two were measured interleaved.
+        min_sqnr_db: Of a model that gives feature maps: least SQNR of any of them against the
+            original file's, on real images. It shares the accuracy gate's exit code.
         baseline: An earlier report to be no worse than in top-1, size (1 %) and latency ratio.
         target: Where latency is judged; the first one measured if None.
         targets: Several of them instead, each with a gate of its own and the size of the file it
@@ -104,6 +107,8 @@ def evaluate_gates(
     gates = [_parity(report)] if report.own_parity else []
     if max_drop is not None:
         gates.append(_drop(report, max_drop))
+    if min_sqnr_db is not None:
+        gates.append(_fidelity(report, min_sqnr_db))
     # One target's gates have plain names; of several, each has the target's beside it.
     many = len(measured) > 1
     for m in measured:
@@ -203,8 +208,8 @@ def _parity(report: Report) -> GateResult:
     missed = [row for row in report.own_parity if not row.passed]
     if missed:
         reason = "; ".join(
-            f"{row.artifact} differs from {row.reference} on {row.runtime}, batch {row.batch}: "
-            f"max {row.max_abs:.3g}, top-1 agreement {percent(row.top1_agreement)}, "
+            f"{' '.join(filter(None, (row.artifact, row.level)))} differs from {row.reference} "
+            f"on {row.runtime}, batch {row.batch}: max {row.max_abs:.3g}, {_agreement(row)}"
             f"wanted {row.tolerance}"
             for row in missed
         )
@@ -213,7 +218,34 @@ def _parity(report: Report) -> GateResult:
     return gate("parity", 0, len(missed), ExitCode.PARITY, clean(reason))
 
 
+def _agreement(row: ParityRow) -> str:
+    return "" if row.top1_agreement is None else f"top-1 agreement {percent(row.top1_agreement)}, "
+
+
+def _fidelity(report: Report, limit: float) -> GateResult:
+    """The worst map of the worst compressed file; as with accuracy, real images are wanted."""
+    name = "min_sqnr_db"
+    found = [row for row in report.fidelity if row.artifact == "compressed"]
+    if not found:
+        return cannot(name, limit, "the model gives no feature maps to compare; leave it out")
+    worst = min(found, key=lambda row: row.sqnr_db)
+    if worst.data.startswith("synthetic"):
+        return cannot(name, limit, "it was measured on synthetic images; give --data or --calib")
+    passed = worst.sqnr_db >= limit - _ROUNDING
+    word = "holds" if passed else "is below"
+    said = (
+        f"{worst.level} has {worst.sqnr_db:.1f} dB in the {worst.format} file on {worst.target} "
+        f"({worst.images} images), which {word} the limit of {limit:g} dB"
+    )
+    return GateResult(
+        name=name, limit=limit, value=worst.sqnr_db, passed=passed, reason=said,
+        exit_code=int(ExitCode.OK if passed else ExitCode.ACCURACY),
+    )  # fmt: skip
+
+
 def _drop(report: Report, limit: float) -> GateResult:
+    if report.levels:
+        return cannot("max_drop", limit, "feature maps have no classes; give min_sqnr_db")
     if not report.weights.trained:
         return cannot(
             "max_drop", limit, "the weights are untrained, so there is no accuracy; give --weights"

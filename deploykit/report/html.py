@@ -50,6 +50,7 @@ def render_html(report: Report) -> str:
         layer_pictures=markup([plots.layer_plot(report), plots.worst_layers_plot(report)]),
         layers=view.worst_layers(report, len(report.layers)),
         parity=parity_grid(report.parity),
+        fidelity=view.fidelity(report),
         devices=device_facts(report.measurements),
         timings=timing_facts(report.measurements),
         layer_tables=layer_tables(report),

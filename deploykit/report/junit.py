@@ -67,11 +67,12 @@ def _gate_case(model: str, gate: GateResult) -> ET.Element:
 
 def _parity_case(model: str, row: ParityRow) -> ET.Element:
     what = " ".join(filter(None, (row.artifact, row.format, row.precision)))
-    name = f"{what} on {row.runtime}, batch {row.batch}"
+    name = ", ".join(filter(None, (f"{what} on {row.runtime}", f"batch {row.batch}", row.level)))
     case = ET.Element("testcase", classname=f"{model}.parity", name=clean(name))
+    agree = row.top1_agreement
     said = clean(
-        f"against {row.reference}: SQNR {sqnr(row.sqnr_db)}, max {row.max_abs:.3g}, "
-        f"top-1 agreement {row.top1_agreement:.2f} %; wanted {row.tolerance}"
+        f"against {row.reference}: SQNR {sqnr(row.sqnr_db)}, max {row.max_abs:.3g}"
+        f"{'' if agree is None else f', top-1 agreement {agree:.2f} %'}; wanted {row.tolerance}"
     )
     if row.passed:
         ET.SubElement(case, "system-out").text = said

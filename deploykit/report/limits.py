@@ -29,6 +29,9 @@ class LimitsFile(Section):
     max_latency_ms: float | None = Field(default=None, gt=0)
     max_latency_ratio: float | None = Field(default=None, gt=0, description="of the original's")
     max_bytes: int | None = Field(default=None, gt=0)
+    min_sqnr_db: float | None = Field(
+        default=None, description="of feature maps against the original's"
+    )
     baseline: UserPath | None = Field(
         default=None, description="an earlier report to be no worse than, from this file's folder"
     )

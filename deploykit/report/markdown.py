@@ -27,6 +27,7 @@ def render_markdown(report: Report) -> str:
         headline=view.headline(report),
         rows=view.rows(report),
         accuracies=report.accuracy if report.weights.trained else [],
+        fidelity=view.fidelity(report),
         worst=view.worst_layers(report, 5),
         layer_tables=layer_tables(report, 8),
         missed=[row for row in report.parity if not row.passed],

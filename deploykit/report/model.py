@@ -21,6 +21,8 @@ from deploykit.types import (
     Accuracy,
     Artifact,
     Data,
+    FeatureLevel,
+    Fidelity,
     GateResult,
     LayerProfile,
     Measurement,
@@ -74,6 +76,10 @@ class Report(Data):
     verdict_reasons: list[str]
     artifacts: list[Artifact]
     accuracy: list[Accuracy] = Field(default_factory=list)
+    levels: list[FeatureLevel] = Field(
+        default_factory=list, description="feature maps, of a model that gives no scores"
+    )
+    fidelity: list[Fidelity] = Field(default_factory=list)
     parity: list[ParityRow] = Field(default_factory=list)
     measurements: list[Measurement] = Field(default_factory=list)
     gates: list[GateResult] = Field(default_factory=list)
@@ -127,6 +133,7 @@ class Report(Data):
         *,
         max_bytes: int | None = None,
         max_latency_ratio: float | None = None,
+        min_sqnr_db: float | None = None,
         baseline: Report | None = None,
         target: str | None = None,
         targets: Sequence[str] | None = None,
@@ -147,6 +154,7 @@ class Report(Data):
             max_latency_ms=max_latency_ms,
             max_bytes=max_bytes,
             max_latency_ratio=max_latency_ratio,
+            min_sqnr_db=min_sqnr_db,
             baseline=baseline,
             target=target,
             targets=targets,

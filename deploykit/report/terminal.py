@@ -38,6 +38,10 @@ def render_terminal(report: Report, console: Console, out_dir: Path | str | None
     console.print(_table(report, console))
     if report.weights.trained and (accuracy := report.find_accuracy("compressed")):
         say(console, f"Top-1: {wording.drop_sentence(accuracy)}")
+    for row in report.fidelity:
+        if row.artifact == "compressed":
+            error = f"SQNR {wording.sqnr(row.sqnr_db)}, relative error {row.relative_error:.2g}"
+            say(console, f"{row.level} ({row.format}): {error}, on {row.images} images")
     say(console, *_parity(report))
     for gate in report.gates:
         if not gate.passed:
@@ -79,12 +83,13 @@ def _parity(report: Report) -> tuple[str, str]:
         return "Parity: not checked", "yellow"
     rows = report.own_parity
     missed = [row for row in rows if not row.passed]
-    agree = min(row.top1_agreement for row in rows)
-    count = len(rows)
-    text = (
-        f"Parity: {count - len(missed)} of {count} within tolerance, "
-        f"top-1 agreement {wording.percent(agree)} or better"
+    agree = min(
+        (row.top1_agreement for row in rows if row.top1_agreement is not None), default=None
     )
+    count = len(rows)
+    text = f"Parity: {count - len(missed)} of {count} within tolerance"
+    if agree is not None:
+        text += f", top-1 agreement {wording.percent(agree)} or better"
     return (text, "red") if missed else (text, "")
 
 

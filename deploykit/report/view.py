@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from deploykit.report import wording
 from deploykit.report.model import LayerError, Report
-from deploykit.types import Accuracy, Artifact, Measurement
+from deploykit.types import Accuracy, Artifact, Fidelity, Measurement
 
 __all__ = [
     "Card",
     "Row",
     "accuracy_text",
     "cards",
+    "fidelity",
     "flatten",
     "headline",
     "mood",
@@ -104,6 +105,8 @@ def rows(report: Report) -> list[Row]:
 
 def accuracy_text(report: Report, artifact: Artifact) -> str:
     """Top-1 of a file; a refusal on untrained weights, whatever else is in the report."""
+    if report.levels:
+        return wording.NO_CLASSES
     if not report.weights.trained:
         return wording.REFUSED
     measured = [a for a in report.accuracy if a.format == artifact.format]
@@ -111,6 +114,28 @@ def accuracy_text(report: Report, artifact: Artifact) -> str:
         return wording.percent(measured[0].top1_original)
     accuracy = next((a for a in measured if a.artifact == artifact.name), None)
     return wording.percent(accuracy.top1) if accuracy else "not measured"
+
+
+@dataclass(frozen=True)
+class FidelityRow:
+    """One feature map of one file, beside the original file's."""
+
+    fact: Fidelity
+    shape: str
+    error: str
+
+
+def fidelity(report: Report) -> list[FidelityRow]:
+    """Feature maps in order, and under each the files."""
+    shapes = {
+        level.name: f"{level.channels} × {level.height} × {level.width}, stride {level.stride:g}"
+        for level in report.levels
+    }
+    order = list(shapes)
+    return [
+        FidelityRow(row, shapes.get(row.level, "–"), wording.percent(100 * row.relative_error))
+        for row in sorted(report.fidelity, key=lambda row: order.index(row.level))
+    ]
 
 
 def mood(report: Report) -> Mood:
@@ -133,6 +158,13 @@ def headline(report: Report) -> str:
     more = len(gains) - _MOST_GAINS
     gains = [*gains[:_MOST_GAINS], f"so on ({more} more)"] if more > 1 else gains
     text = f"{wording.clean(compressed.precision)} is {_and(gains)} than the original"
+    if report.levels:
+        worst = _worst_map(report)
+        if worst is None:
+            return f"{text}; its feature maps were not compared with the original's."
+        near = wording.sqnr(worst.sqnr_db)
+        trained = "" if report.weights.trained else ", of untrained weights"
+        return f"{text}; its feature maps have {near} or better beside the original's{trained}."
     if not report.weights.trained:
         return f"{text}; its accuracy can't be known, as the weights are untrained."
     found = [a for a in report.accuracy if a.artifact == "compressed"]
@@ -189,7 +221,18 @@ def _and(texts: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
+def _worst_map(report: Report) -> Fidelity | None:
+    found = [row for row in report.fidelity if row.artifact == "compressed"]
+    return min(found, key=lambda row: row.sqnr_db, default=None)
+
+
 def _accuracy_card(report: Report) -> Card:
+    if report.levels:
+        worst = _worst_map(report)
+        if worst is None:
+            return Card("Feature maps", "not compared", "with the original's", "doubt")
+        note = f"SQNR of {worst.level}, the worst map, on {worst.images} images"
+        return Card("Feature maps", wording.sqnr(worst.sqnr_db), note)
     if not report.weights.trained:
         return Card("Top-1 accuracy", "refused", "untrained weights", "bad")
     accuracy: Accuracy | None = report.find_accuracy("compressed")

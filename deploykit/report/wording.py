@@ -11,6 +11,7 @@ import unicodedata
 from deploykit.types import Accuracy, Measurement
 
 __all__ = [
+    "NO_CLASSES",
     "REFUSED",
     "TOO_NOISY",
     "bytes_text",
@@ -29,6 +30,7 @@ __all__ = [
     "sqnr",
 ]
 
+NO_CLASSES = "no classes"
 REFUSED = "refused: untrained weights"
 TOO_NOISY = "too noisy"
 _MINUS = "\N{MINUS SIGN}"
