@@ -61,10 +61,11 @@ __all__ = ["default_output", "run"]
 def default_output(recipe: Recipe) -> Path:
     """``out/<model>-<bits>`` in the working folder, with the algorithm if it isn't ours."""
     section = recipe.quantize
+    maps = "-features" if recipe.model.gives_features else ""
     if section.algorithm == "none":
-        return output_folder(recipe.model.name, "pruned")
+        return output_folder(recipe.model.name, f"pruned{maps}")
     other = "" if section.algorithm == "deploykit" else f"-{section.algorithm}"
-    return output_folder(recipe.model.name, f"{section.bits}{other}")
+    return output_folder(recipe.model.name, f"{section.bits}{other}{maps}")
 
 
 def run(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deploykit.artifacts import chosen_targets, loadable, size_and_hash
 from deploykit.errors import UsageError
-from deploykit.export.parity import compare_levels, in_batches, make_reference
+from deploykit.export.parity import affordable_images, compare_levels, in_batches, make_reference
 from deploykit.export.registry import get_exporter
 from deploykit.export.structure import STRUCTURE_NAME, load_model
 from deploykit.export.target_reader import loaded
@@ -51,7 +51,8 @@ def verify_folder(
     """
     report = load_report(folder)
     saved = load_model(folder / STRUCTURE_NAME)
-    pool = calibration_images(data, saved.backbone, images, seed)
+    count = affordable_images(images, saved.backbone.levels)
+    pool = calibration_images(data, saved.backbone, count, seed)
     pixels = torch.cat(list(pool.batches(pool.count)))
     artifacts = [artifact_here(artifact, folder) for artifact in report.artifacts]
     profile = get_exporter(report.compressed.format).profile

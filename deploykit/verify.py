@@ -13,7 +13,13 @@ from deploykit.artifacts import loadable
 from deploykit.data import ImageSet
 from deploykit.errors import DeploykitError, TargetMissingError, one_line
 from deploykit.evaluate import paired_accuracy, top1_and_predictions
-from deploykit.export.parity import Reference, compare_levels, in_batches, make_reference
+from deploykit.export.parity import (
+    Reference,
+    affordable_images,
+    compare_levels,
+    in_batches,
+    make_reference,
+)
 from deploykit.export.registry import Profile, get_exporter
 from deploykit.export.target_reader import loaded
 from deploykit.graph.capture import CapturedModel
@@ -33,7 +39,6 @@ from deploykit.workspace import Workspace
 __all__ = ["UNOPTIMIZED", "check_parity", "measure_accuracy", "measure_latency"]
 
 _REFERENCE_BATCH = 8
-_MOST_VALUES = 2**26  # of feature maps, in one of the half dozen copies that a comparison holds
 Maker = Callable[[], Callable[[Tensor], Tensor]]
 """Makes a model when it is about to be run."""
 
@@ -71,7 +76,11 @@ def check_parity(
         total = sum(len(_batches(recipe, artifact)) for artifact, _, _ in places)
         rows = []
         with reporter.step(f"verify on {images.count} images", total=total) as advance:
-            count = _affordable(images.count, next(iter(floats.values())).backbone)
+            levels = next(iter(floats.values())).backbone.levels
+            count = affordable_images(images.count, levels)
+            data = images.description
+            if count < images.count:
+                data = f"first {count} of {data}"
             pixels = torch.cat(take(images.batches(count), count))
             dynamic = all(model.dynamic_batch for model in floats.values())
             size = _REFERENCE_BATCH if dynamic else 1
@@ -81,7 +90,7 @@ def check_parity(
                 for batch in _batches(recipe, artifact):
                     found = compare_levels(
                         artifact, runtime, batch, in_batches(run, pixels, batch),
-                        references.of(artifact), images.description,
+                        references.of(artifact), data,
                     )  # fmt: skip
                     rows += [row.model_dump(mode="json") for row in found]
                     advance(1)
@@ -89,12 +98,6 @@ def check_parity(
 
     found = workspace.cached("parity", compute)
     return [ParityRow.model_validate(row) for row in found["rows"]], found["unchecked"]
-
-
-def _affordable(count: int, backbone: Backbone) -> int:
-    """How many of the images are compared: feature maps of all of them may not fit in memory."""
-    values = sum(level.values for level in backbone.levels)
-    return count if not values else max(min(count, _MOST_VALUES // values), min(count, 2))
 
 
 def _batches(recipe: Recipe, artifact: Artifact) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ from deploykit.types import Artifact, FeatureLevel, ParityRow
 
 __all__ = [
     "Reference",
+    "affordable_images",
     "compare",
     "compare_levels",
     "in_batches",
@@ -52,6 +53,7 @@ HALF_EXCESS_DB = 2.0
 PERTURBATION = 1e-6
 _DRAWS = 3
 _CHANCE = 0.01
+_MOST_VALUES = 2**26  # of feature maps, in each of the half dozen copies that a comparison holds
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,12 @@ class Reference:
     restless: int | None = None
     half_sqnr_db: Callable[[], float] = lambda: math.inf
     levels: tuple[tuple[FeatureLevel, Reference], ...] = ()
+
+
+def affordable_images(count: int, levels: Sequence[FeatureLevel]) -> int:
+    """How many of the images can be compared: feature maps of all may not fit in memory."""
+    values = sum(level.values for level in levels)
+    return count if not values else min(count, max(_MOST_VALUES // values, 2))
 
 
 @torch.no_grad()

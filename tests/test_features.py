@@ -17,15 +17,17 @@ import deploykit
 from deploykit._compat import timm
 from deploykit.backbones.build import build_backbone
 from deploykit.backbones.features import with_features
+from deploykit.cli import _main
 from deploykit.errors import AccuracyGateError, TargetMissingError, UsageError
 from deploykit.export.onnx import onnx_bytes
-from deploykit.export.parity import compare_levels, make_reference
+from deploykit.export.parity import affordable_images, compare_levels, make_reference
 from deploykit.export.structure import load_model, save_model
 from deploykit.fidelity import LevelError
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.levels import apart, is_join, join_levels, split_joined
 from deploykit.graph.signal import sqnr_db
 from deploykit.graph.units import split_units
+from deploykit.pipeline import default_output
 from deploykit.prune.merge_options import MergeOptions
 from deploykit.prune.merge_tokens import merge_tokens, merged_at_any_cost
 from deploykit.prune.sparsity import SparsityOptions, sparsify
@@ -289,6 +291,25 @@ def test_rounding_maps_are_judged_by_their_own_noise() -> None:
     assert [row.passed for row in compare_levels(
         make_artifact(), "here", 1, other, reference, "noise"
     )] == [False, True]  # fmt: skip
+
+
+def test_no_more_images_are_compared_than_memory_holds() -> None:
+    large = FeatureLevel(name="features_0", channels=64, height=512, width=512, stride=2)
+    assert affordable_images(32, [large]) == 4
+    assert affordable_images(32, [large] * 100) == 2
+    assert affordable_images(32, [_level("features_0", 4)]) == 32
+    assert affordable_images(32, []) == 32
+
+
+def test_a_folder_of_maps_is_another_than_that_of_scores() -> None:
+    recipe = build_recipe({"model": {"name": "swin_t", "features": True}})
+    assert default_output(recipe).name == "swin_t-w8a8-features"
+
+
+def test_inspect_lists_the_maps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["inspect", f"{MODELS}tiny_windows", "--features", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["channels"], one["stride"]) for one in found["levels"]] == [(16, 4.0), (32, 8.0)]
 
 
 def test_fidelity_is_summed_over_batches() -> None:
