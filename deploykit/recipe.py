@@ -351,6 +351,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
+        if self.model.gives_features and (refused := features_conflict(self)) is not None:
+            raise ValueError(refused)
         if self.gates.max_drop is not None and self.model.weights == "random":
             message = "gates.max_drop needs trained weights, but model.weights is random"
             raise ValueError(message)
@@ -364,8 +366,6 @@ class Recipe(Section):
                 f"({', '.join(self.targets)}): add it with --targets"
             )
             raise ValueError(message)
-        if self.model.gives_features and (refused := features_conflict(self)) is not None:
-            raise ValueError(refused)
         algorithm = self.quantize.algorithm
         if algorithm != "deploykit" and self.evaluation.simulation:
             message = f"evaluation.simulation is not for algorithm {algorithm}; leave it out"

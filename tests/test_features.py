@@ -29,7 +29,7 @@ from deploykit.graph.signal import sqnr_db
 from deploykit.graph.units import split_units
 from deploykit.pipeline import default_output
 from deploykit.prune.merge_options import MergeOptions
-from deploykit.prune.merge_tokens import merge_tokens, merged_at_any_cost
+from deploykit.prune.merge_tokens import merge_tokens
 from deploykit.prune.sparsity import SparsityOptions, sparsify
 from deploykit.prune.structured import StructureOptions, prune_structure
 from deploykit.quant.options import QuantizeOptions
@@ -162,6 +162,7 @@ def test_a_network_without_maps_is_refused_in_one_line(monkeypatch: pytest.Monke
 def test_layers_are_called_what_they_are_called_without_features() -> None:
     with_maps = captured_of("tiny_windows")
     plain = capture(build_backbone(ModelSection(name=f"{MODELS}tiny_windows"), 0)[0])
+    assert set(with_maps.graph_module.state_dict()) < set(plain.graph_module.state_dict())
     names = {plan.layer for plan in plan_layers(with_maps.graph_module, 8, 8)}
     known = {plan.layer for plan in plan_layers(plain.graph_module, 8, 8)}
     assert names == known - {"head.fc"}
@@ -479,7 +480,7 @@ def test_tokens_of_a_map_merge_in_their_place_or_not_at_all() -> None:
     captured = captured_of("tiny_tokens")
     with pytest.raises(UsageError, match="can't be merged"):
         merge_tokens(captured, MergeOptions(r=8, least_tokens=16))
-    merged, _ = merged_at_any_cost(captured, MergeOptions(r=8, place="local", least_tokens=16))
+    merged, _ = merge_tokens(captured, MergeOptions(r=24, place="local", least_tokens=16))
     x = images()
     with torch.no_grad():
         quality = sqnr_db(captured.graph_module(x), merged.graph_module(x))
@@ -497,7 +498,7 @@ def test_verifying_again_compares_the_maps(finished: tuple[Path, Report]) -> Non
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({"gates": {"max_drop": 1}, "evaluation": {"data": "x"}}, "give gates.min_sqnr_db instead"),
+        ({"gates": {"max_drop": 1}}, "give gates.min_sqnr_db instead"),
         ({"model": {"classes": [0, 1]}}, "model.classes"),
         ({"merge": {"tokens": "auto"}}, "merge.tokens: auto"),
         ({"recover": {"data": "x"}, "merge": {"tokens": 2}}, "recover.data"),

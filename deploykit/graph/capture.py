@@ -87,7 +87,7 @@ def capture(backbone: Backbone) -> CapturedModel:
         graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     if backbone.levels:
-        _name_without_wrapper(graph_module)
+        _unwrap(graph_module)
     decompose_attention(graph_module)
     remove_dropout(graph_module)
     functionalize(graph_module)
@@ -95,9 +95,20 @@ def capture(backbone: Backbone) -> CapturedModel:
     return CapturedModel(graph_module, backbone, dynamic)
 
 
-def _name_without_wrapper(graph_module: fx.GraphModule) -> None:
-    """Call layers what they are called where the network gives scores, without ``model.``."""
+def _unwrap(graph_module: fx.GraphModule) -> None:
+    """Call layers and tensors what they are called where the network gives scores: take
+    ``model.``, under which ``FeatureMaps`` holds the network, off their names."""
+    inner = graph_module.get_submodule("model")
+    del graph_module.model
+    for name, child in inner.named_children():
+        graph_module.add_module(name, child)
+    for name, parameter in inner.named_parameters(recurse=False):
+        graph_module.register_parameter(name, parameter)
+    for name, buffer in inner.named_buffers(recurse=False):
+        graph_module.register_buffer(name, buffer)
     for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            node.target = str(node.target).removeprefix("model.")
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["nn_module_stack"] = {
             key: (path.removeprefix("model").removeprefix("."), kind)
