@@ -32,21 +32,19 @@ def reliable_groups(
         example: float32 (1, 3, S, S); only its shape counts.
     """
     image = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        shape = module(image).shape
-    if not _failure(module, groups, image, round_to, shape):
+    if not _failure(module, groups, image, round_to):
         return list(groups), {}
     good: list[Group] = []
     declined: dict[str, str] = {}
     for group in groups:
-        failure = _failure(module, [group], image, round_to, shape)
+        failure = _failure(module, [group], image, round_to)
         if failure:
             declined[group.key] = failure
         else:
             good.append(group)
     # Each works alone; together they must as well, or the coupled ones go first.
     for kind in ("embedding", "conv", "mlp", "v", "qk", "heads"):
-        failure = _failure(module, good, image, round_to, shape)
+        failure = _failure(module, good, image, round_to)
         if not failure:
             break
         declined |= {g.key: f"not together with others: {failure}" for g in good if g.kind == kind}
@@ -54,9 +52,7 @@ def reliable_groups(
     return good, declined
 
 
-def _failure(
-    module: nn.Module, groups: Sequence[Group], image: Tensor, round_to: int, shape: torch.Size
-) -> str:
+def _failure(module: nn.Module, groups: Sequence[Group], image: Tensor, round_to: int) -> str:
     """Why a trial of the groups fails, or "". Peak memory: two copies of the network."""
     kept = {}
     for group in groups:
@@ -72,8 +68,6 @@ def _failure(
             result = pruned(image)
     except Exception as error:  # shapes that don't fit raise anything
         return f"the network doesn't run without them: {one_line(error, 120)}"
-    if result.shape != shape:
-        return "they are channels of what the network gives, which its user counts on"
     comparable = [group for group in groups if _can_be_silenced(group)]
     if len(comparable) < len(groups):
         return ""  # norms over the residual stream see fewer channels: answers differ

@@ -249,6 +249,8 @@ def test_a_saved_structure_keeps_its_levels(tmp_path: Path) -> None:
     assert saved.backbone.levels == backbone.levels
     with torch.no_grad():
         assert torch.equal(saved.graph_module(images()), captured.graph_module(images()))
+    again, _ = build_backbone(ModelSection(name=str(tmp_path), features=True), 0)
+    torch.testing.assert_close(capture(again).graph_module(images()), saved.graph_module(images()))
     structure = json.loads((tmp_path / "structure.json").read_text())
     structure["model"]["levels"][0]["channels"] += 1
     (tmp_path / "structure.json").write_text(json.dumps(structure))
@@ -452,7 +454,7 @@ def test_channels_of_the_maps_are_never_pruned() -> None:
     pruned, record = prune_structure(with_maps, options, lambda: iter([images(4)]))
     with torch.no_grad():
         assert pruned.module(images(2)).shape == with_maps.module(images(2)).shape
-    assert any("its user counts on" in reason for reason in record.details["declined"].values())
+    assert record.details["macs"][1] < record.details["macs"][0]
 
 
 def test_sparse_weights_are_found_behind_a_map_too() -> None:

@@ -57,6 +57,8 @@ class FeatureMaps(nn.Module):
         read: gives the maps, a list of (N, C, H, W), from the network and the images.
     """
 
+    wraps = "model"  # what capture takes off the layers' names
+
     def __init__(self, model: nn.Module, read: Reading) -> None:
         super().__init__()
         self.model = model

@@ -86,8 +86,9 @@ def capture(backbone: Backbone) -> CapturedModel:
         program, dynamic = export_program(module, torch.zeros(2, 3, size, size))
         graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
-    if backbone.levels:
-        _unwrap(graph_module)
+    wrapper = getattr(backbone.module, "wraps", None)
+    if isinstance(wrapper, str):
+        _unwrap(graph_module, wrapper)
     decompose_attention(graph_module)
     remove_dropout(graph_module)
     functionalize(graph_module)
@@ -95,23 +96,24 @@ def capture(backbone: Backbone) -> CapturedModel:
     return CapturedModel(graph_module, backbone, dynamic)
 
 
-def _unwrap(graph_module: fx.GraphModule) -> None:
-    """Call layers and tensors what they are called where the network gives scores: take
-    ``model.``, under which ``FeatureMaps`` holds the network, off their names."""
-    inner = graph_module.get_submodule("model")
-    del graph_module.model
-    for name, child in inner.named_children():
-        graph_module.add_module(name, child)
-    for name, parameter in inner.named_parameters(recurse=False):
+def _unwrap(graph_module: fx.GraphModule, wrapper: str) -> None:
+    """Call layers and tensors what they are called without the wrapper: take the name under
+    which it holds the network (``model`` in ``FeatureMaps``) off theirs."""
+    inner = graph_module.get_submodule(wrapper)
+    delattr(graph_module, wrapper)
+    for name, child in inner.named_modules(remove_duplicate=False):
+        if name and "." not in name:
+            graph_module.add_module(name, child)
+    for name, parameter in inner.named_parameters(recurse=False, remove_duplicate=False):
         graph_module.register_parameter(name, parameter)
-    for name, buffer in inner.named_buffers(recurse=False):
+    for name, buffer in inner.named_buffers(recurse=False, remove_duplicate=False):
         graph_module.register_buffer(name, buffer)
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
-            node.target = str(node.target).removeprefix("model.")
+            node.target = str(node.target).removeprefix(f"{wrapper}.")
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["nn_module_stack"] = {
-            key: (path.removeprefix("model").removeprefix("."), kind)
+            key: (path.removeprefix(wrapper).removeprefix("."), kind)
             for key, (path, kind) in stack.items()
         }
 
