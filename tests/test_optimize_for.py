@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 import deploykit
-from deploykit import latency, optimize_for, pipeline
+from deploykit import optimize_for, pipeline
 from deploykit.errors import TargetMissingError, UsageError
 from deploykit.placement_search import STEP_NAME
 from deploykit.profile import profile_source
@@ -45,7 +45,7 @@ def fake_measure(ratios: Sequence[float]) -> Callable[..., list[Measurement]]:
     left = list(ratios)
     last = [1.0]
 
-    def measure(target: str, files: Any, **_: Any) -> list[Measurement]:
+    def measure(_recipe: object, target: str, files: Any, *_: object) -> list[Measurement]:
         best, ratio = last[0], left.pop(0)
         last[0] = min(best, ratio)
         values = [1.0, ratio, best][: len(files)]
@@ -109,7 +109,7 @@ def test_it_measures_decides_and_says_so(tmp_path: Path) -> None:
 def test_a_layer_that_is_slower_ships_in_float(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "measure", fake_measure([0.9, 0.5, 0.5]))
+    monkeypatch.setattr(optimize_for, "measure_as_asked", fake_measure([0.9, 0.5, 0.5]))
     monkeypatch.setattr(optimize_for, "_profiles", fake_profiles("5.qkv"))
     report = run(tmp_path / "out")
     (record,) = [record for record in report.passes if record.name == STEP_NAME]
@@ -127,7 +127,7 @@ def test_a_layer_that_is_slower_ships_in_float(
 def test_where_quantising_does_not_pay_the_float_file_ships_also_when_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "measure", fake_measure([1.5, 1.4]))
+    monkeypatch.setattr(optimize_for, "measure_as_asked", fake_measure([1.5, 1.4]))
     monkeypatch.setattr(optimize_for, "_profiles", fake_profiles("5.qkv"))
 
     def interrupted(*_: object) -> None:
@@ -137,7 +137,7 @@ def test_where_quantising_does_not_pay_the_float_file_ships_also_when_resumed(
         patch.setattr(pipeline, "check_parity", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "out")
-    monkeypatch.setattr(latency, "measure", interrupted)  # what is measured stays so
+    monkeypatch.setattr(optimize_for, "measure_as_asked", interrupted)  # what is measured stays so
     report = run(tmp_path / "out", resume=True)
     assert report.compressed.precision == "fp32"
     assert report.bits == "fp32"
