@@ -12,6 +12,7 @@ from torch import Tensor
 from deploykit.artifacts import loadable
 from deploykit.export.target_reader import loaded
 from deploykit.graph.levels import split_joined
+from deploykit.graph.signal import decibels
 from deploykit.images import Images
 from deploykit.progress import Reporter
 from deploykit.recipe import Recipe
@@ -41,23 +42,17 @@ class LevelError:
         self.noise += float(noise.sum())
         self.images += len(wanted)
         pairs = zip(signal.tolist(), noise.tolist(), strict=True)
-        self.worst_db = min([self.worst_db, *(_decibels(*pair) for pair in pairs)])
+        self.worst_db = min([self.worst_db, *(decibels(*pair) for pair in pairs)])
 
     @property
     def sqnr_db(self) -> float:
         """Of all values added."""
-        return _decibels(self.signal, self.noise)
+        return decibels(self.signal, self.noise)
 
     @property
     def relative(self) -> float:
         """The error's 2-norm over the values'."""
         return math.sqrt(self.noise / self.signal) if self.signal else math.inf
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
 
 
 def measure_fidelity(

@@ -147,9 +147,8 @@ class Training:
                     continue
                 stack.close()
                 clock = self._clock()
-                if (
-                    paced_from + 1 < state.step < state.total
-                ):  # a busy machine's pace changes: plan anew
+                if paced_from + 1 < state.step < state.total:
+                    # a busy machine's pace changes
                     self._plan((clock - paced) / (state.step - paced_from - 1))
                 self._evaluate(float(schedule.get_last_lr()[0]))
                 state.due = self._next_stop()

@@ -11,7 +11,14 @@ import numpy as np
 
 from deploykit.errors import MeasurementError, UsageError, one_line
 from deploykit.runtimes import import_onnxruntime, why_not
-from deploykit.targets.registry import FloatArray, Outputs, Runner, register_target, wanted_outputs
+from deploykit.targets.registry import (
+    FloatArray,
+    Outputs,
+    Runner,
+    as_outputs,
+    register_target,
+    wanted_outputs,
+)
 
 __all__ = ["CpuOnnxRuntime", "open_session", "timed_options"]
 
@@ -135,4 +142,4 @@ class _Session:
             message = f"{self._path}: onnxruntime failed on {images.shape}: {one_line(error)}"
             raise MeasurementError(message) from error
         made = tuple(np.asarray(output, dtype=np.float32) for output in outputs)
-        return made[0] if len(made) == 1 else made
+        return as_outputs(made)

@@ -11,7 +11,14 @@ import numpy as np
 
 from deploykit.errors import MeasurementError, UsageError, one_line
 from deploykit.runtimes import import_openvino, kept_signal_stack, why_not
-from deploykit.targets.registry import FloatArray, Outputs, Runner, register_target, wanted_outputs
+from deploykit.targets.registry import (
+    FloatArray,
+    Outputs,
+    Runner,
+    as_outputs,
+    register_target,
+    wanted_outputs,
+)
 
 __all__ = ["CpuOpenvino", "compile_file", "timed_options"]
 
@@ -128,4 +135,4 @@ class _Request:
             message = f"{self._path}: openvino failed on {images.shape}: {one_line(error)}"
             raise MeasurementError(message) from error
         made = tuple(np.asarray(found[one], dtype=np.float32) for one in self._outputs)
-        return made[0] if len(made) == 1 else made
+        return as_outputs(made)

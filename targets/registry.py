@@ -27,6 +27,7 @@ __all__ = [
     "Outputs",
     "Runner",
     "Target",
+    "as_outputs",
     "get_target",
     "joined",
     "list_targets",
@@ -58,6 +59,11 @@ class Runner(Protocol):
 def wanted_outputs(ranks: Sequence[int]) -> list[int]:
     """Which of a file's outputs are asked for: all if they are feature maps, else the first."""
     return list(range(len(ranks))) if set(ranks) == {4} else [0]
+
+
+def as_outputs(made: tuple[FloatArray, ...]) -> Outputs:
+    """What a runner gives: the array of a file with one output, else all of them."""
+    return made[0] if len(made) == 1 else made
 
 
 def joined(outputs: Outputs) -> FloatArray:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from deploykit._compat import timm
 
 SIZE = 32
+PREPROCESSING = {"size": SIZE, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 CLASSES = 4
 
 
@@ -46,11 +47,7 @@ def tiny_hybrid(num_classes: int = CLASSES) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
-    net.deploykit_preprocessing = {
-        "size": SIZE,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.25, 0.25, 0.25),
-    }
+    net.deploykit_preprocessing = dict(PREPROCESSING)
     return net.eval()
 
 
@@ -64,11 +61,7 @@ def tiny_tokens(num_classes: int = CLASSES) -> nn.Module:
         for parameter in net.parameters():
             if parameter.ndim == 2:  # timm's own start is too quiet to tell tokens apart
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    net.deploykit_preprocessing = {
-        "size": SIZE,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.25, 0.25, 0.25),
-    }
+    net.deploykit_preprocessing = dict(PREPROCESSING)
     return net.eval()
 
 
@@ -88,11 +81,7 @@ class Branching(nn.Module):
 def tiny_branching() -> nn.Module:
     """A network that torch.export refuses."""
     net: nn.Module = Branching()
-    net.deploykit_preprocessing = {
-        "size": SIZE,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.25, 0.25, 0.25),
-    }
+    net.deploykit_preprocessing = dict(PREPROCESSING)
     return net.eval()
 
 
@@ -107,11 +96,7 @@ def tiny_windows(num_classes: int = CLASSES) -> nn.Module:
         for parameter in net.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    net.deploykit_preprocessing = {
-        "size": SIZE,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.25, 0.25, 0.25),
-    }
+    net.deploykit_preprocessing = dict(PREPROCESSING)
     return net.eval()
 
 
@@ -151,11 +136,7 @@ def _seeded(make: type[nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         net = make()
-    net.deploykit_preprocessing = {
-        "size": SIZE,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.25, 0.25, 0.25),
-    }
+    net.deploykit_preprocessing = dict(PREPROCESSING)
     return net.eval()
 
 

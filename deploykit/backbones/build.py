@@ -82,7 +82,7 @@ def build_backbone(model: ModelSection, seed: int) -> tuple[Backbone, list[str]]
     if note is not None:
         notes.append(note)
     backbone = dataclasses.replace(backbone, module=module)
-    if model.features is not False:
+    if model.gives_features:
         backbone = with_features(backbone, model.features)
     backbone.module.requires_grad_(False)
     backbone.module.train()  # leaving eval mode drops bias caches that hold old weights

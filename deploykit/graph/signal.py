@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 
-__all__ = ["sqnr_db"]
+__all__ = ["decibels", "sqnr_db"]
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:
@@ -15,8 +16,11 @@ def sqnr_db(reference: Tensor, other: Tensor) -> float:
     """
     signal = reference.double().square().sum()
     noise = (reference.double() - other.double()).square().sum()
+    return decibels(float(signal), float(noise))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two sums of squares, as ``sqnr_db`` gives it."""
     if noise == 0:
-        return float("inf")
-    if signal == 0 or not torch.isfinite(noise):
-        return float("-inf")
-    return float(10 * torch.log10(signal / noise))
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
