@@ -8,8 +8,8 @@
 Untrained weights made lively: what is shown is whether a family can be captured, quantised,
 exported and run by ONNX Runtime with the same answers at two batch sizes; not accuracy. Each
 member runs in a process of its own, bounded in memory and time, so that none takes the others
-down. Members that are done are passed over (``--again`` repeats them); shards may run side by
-side. Writes ``benchmarks/results/zoo.json`` after each member, and ``docs/support-matrix.md``.
+down. Members that are done are passed over (``--again`` repeats them), those with a failure are
+not; shards may run side by side. Writes ``benchmarks/results/zoo.json`` after each member, and ``docs/support-matrix.md``.
 """
 
 from __future__ import annotations
@@ -122,6 +122,11 @@ def update(path: Path, family: str, row: dict[str, Any]) -> None:
     path.with_suffix(".lock").unlink(missing_ok=True)
 
 
+def finished(row: dict[str, Any]) -> bool:
+    """Whether a member came to its end, and each step to a file or to a reason."""
+    return "ended" not in row and not any("failed" in cell for cell in row["cells"].values())
+
+
 def load(path: Path) -> dict[str, Any]:
     """The results so far."""
     if not path.exists():
@@ -147,7 +152,7 @@ def main() -> None:
         parser.error(str(error))
     for family, spec in {} if args.render else wanted.items():
         done = load(args.results)["members"].get(family)
-        if done and done["name"] == spec.name and "ended" not in done and not args.again:
+        if done and done["name"] == spec.name and finished(done) and not args.again:
             continue
         row: dict[str, Any] = {"name": spec.name, "source": spec.source, "params_m": spec.params_m}
         if (spec.params_m or 0) > LARGEST and not args.only:

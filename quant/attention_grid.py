@@ -50,7 +50,8 @@ def fold_values(
             declined[group.value.node.name] = reason
             continue
         bits = plans[group.context.name].input_bits
-        made, channels = histograms[_producer(group)], group.value.channels.flatten()
+        ((_, first),) = group.value.producers
+        made, channels = histograms[_producer(group)], group.value.channels.flatten() - first
         rows = Histogram(made.low[channels], made.high[channels], made.counts[channels])
         candidate = repq_candidate(activation_range(rows, bits, method, include_zero=False), bits)
         assert candidate.scale is not None and candidate.zero_point is not None

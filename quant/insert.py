@@ -139,19 +139,22 @@ def insert_quantizers(
             done.by_kind[kind] = done.by_kind.get(kind, 0) + 1
         return quantized[key]
 
+    scales: dict[str, float | None] = {}
     for name, plan in plans.items():
+        if plan.input_bits == FLOAT:
+            continue
         node = nodes[name]
-        inputs = plan.inputs
-        if plan.input_bits != FLOAT:
-            new_inputs = [quantize_input(arg, plan.input_bits) for arg in node.args[:inputs]]
-            node.args = (*new_inputs, *node.args[inputs:])
+        new_inputs = [quantize_input(arg, plan.input_bits) for arg in node.args[: plan.inputs]]
+        node.args = (*new_inputs, *node.args[plan.inputs :])
+        fitted = activations.get((_origin(new_inputs[0]).name, plan.input_bits))
+        fitted = fitted or outputs.get(_producer(new_inputs[0]))
+        scales[name] = fitted.scale if isinstance(fitted, UniformQuantizer) else None
+    # Only now: writing a weight may replace its node, whose name the quantisers go by.
+    for name in plans:
         if name in weights:
-            scale = None
-            if plan.input_bits != FLOAT:
-                fitted = activations.get((_origin(node.args[0]).name, plan.input_bits))
-                fitted = fitted or outputs.get(_producer(node.args[0]))
-                scale = fitted.scale if isinstance(fitted, UniformQuantizer) else None
-            _write_weight(graph_module, node, plan, weights[name], scale, done)
+            _write_weight(
+                graph_module, nodes[name], plans[name], weights[name], scales.get(name), done
+            )
     clean(graph_module)
     return done
 

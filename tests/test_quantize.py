@@ -261,12 +261,58 @@ class InPlace(TinyCnn):
         return self.head(self.head_norm(x.mean((2, 3))))
 
 
-@pytest.mark.parametrize("make", [Shared, InPlace])
-def test_shared_weights_and_sums_in_place(make: type[nn.Module]) -> None:
+class Straight(nn.Module):
+    """Layers that read each other's results as they are: nothing between two linear layers, or
+    between them and a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.low, self.high = nn.Linear(8, 4), nn.Linear(4, 8)
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.high(self.low(self.stem(x).relu().flatten(2).transpose(1, 2)))
+        scores = self.left(tokens) @ self.right(tokens).transpose(1, 2)
+        return self.head((scores.softmax(-1) @ tokens).mean(1))
+
+
+class Separate(nn.Module):
+    """Two heads whose queries, keys and values are made by a layer each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.project, self.head = nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).relu().flatten(2).transpose(1, 2)
+        parts = (self.query(tokens), self.key(tokens), self.value(tokens))
+        q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in parts)
+        mixed = ((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.head(self.project(mixed).mean(1))
+
+
+@pytest.mark.parametrize("make", [Shared, InPlace, Straight, Separate])
+def test_unusual_networks_lose_little(make: type[nn.Module]) -> None:
+    """Shared weights, sums in place, layers that read each other, values of a layer's own."""
     model = captured(shake(make()).eval())
-    x = images(8)
-    result = quantize(model, QuantizeOptions(8, 8), batches())
+    x = images(16, seed=1)  # those of the calibration
+    result = quantize(model, QuantizeOptions(8, 8), batches(count=16))
     assert sqnr_db(model.graph_module(x), result(x)) > 25
+
+
+@pytest.mark.parametrize(("make", "folded"), [(Separate, "1 of 1"), (Straight, "0 of 1")])
+def test_a_value_is_folded_where_nothing_else_reads_it(make: type[nn.Module], folded: str) -> None:
+    result = quantize(captured(shake(make()).eval()), QuantizeOptions(8, 8), batches())
+    record = next(r for r in result.records if r.name == "fold_values")
+    assert record.summary == f"{folded} attention values folded"
+    reasons = record.details["declined"]
+    assert isinstance(reasons, dict)
+    assert all("reads its channels too" in reason for reason in reasons.values())
+    assert bool(reasons) == (make is Straight)
 
 
 class OtherReader(nn.Module):

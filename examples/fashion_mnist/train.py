@@ -85,6 +85,12 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, device: str) -> float
     return 100 * hits / len(images)
 
 
+def moving_average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    """One step of an exponential average, fast at first: a short run forgets its random start."""
+    decay = min(0.998, (1 + int(count)) / (10 + int(count)))
+    torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averaged, current, count)
+
+
 def train(args: argparse.Namespace) -> None:
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +103,7 @@ def train(args: argparse.Namespace) -> None:
     model = timm.create_model(MODEL, num_classes=10, **shape)
     model = model.to(device, memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998), use_buffers=True
+        model, multi_avg_fn=moving_average, use_buffers=True
     )
     steps_per_epoch = len(images) // args.batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)

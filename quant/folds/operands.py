@@ -171,7 +171,7 @@ def _read_elsewhere(
         (user, node, labels)
         for node, labels in finder.known.items()
         for user in readers(node)
-        if user not in finder.known
+        if user not in finder.known or user in finder.first  # a producer's input is read by it
     ]
     while todo:
         user, node, labels = todo.pop()
