@@ -9,7 +9,8 @@ Untrained weights made lively: what is shown is whether a family can be captured
 exported and run by ONNX Runtime with the same answers at two batch sizes; not accuracy. Each
 member runs in a process of its own, bounded in memory and time, so that none takes the others
 down. Members that are done are passed over (``--again`` repeats them), those with a failure are
-not; shards may run side by side. Writes ``benchmarks/results/zoo.json`` after each member, and ``docs/support-matrix.md``.
+not; shards may run side by side. Writes ``benchmarks/results/zoo.json`` after each member, and
+``docs/support-matrix.md``.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from deploykit.errors import DeploykitError, TargetMissingError, UsageError
 from deploykit.export.coreml import INPUT_NAME, MAX_BATCH, OUTPUT_NAME, Coreml
 from deploykit.export.coreml_package import load_program, load_spec
 from deploykit.export.coreml_program import computed_in_float32, weight_codes
-from deploykit.export.half import HALF_MARGIN_DB, half_floor_db
 from deploykit.export.mil_evaluate import MilProgram
 from deploykit.export.parity import FLOAT_SQNR_DB, compare, make_reference
 from deploykit.export.registry import get_exporter, list_exporters
+from deploykit.export.rounding import FLOOR_MARGIN_DB, half_floor_db
 from deploykit.graph.edit import constant
 from deploykit.graph.signal import sqnr_db
 from tests.coreml_models import (
@@ -70,7 +70,7 @@ def test_float16_package_is_as_near_as_float16_allows(name: str) -> None:
     made = package(name)
     batch = images(6)
     found = sqnr_db(made.graph_module(batch), run(made.path, batch))
-    assert found >= half_floor_db(made.graph_module, batch) - HALF_MARGIN_DB
+    assert found >= half_floor_db(made.graph_module, batch) - FLOOR_MARGIN_DB
     assert made.exported.precision == "fp16"
     assert made.exported.dynamic_batch
     assert computed_in_float32(load_program(made.path)[1].functions["main"]) == {}
@@ -91,7 +91,7 @@ def test_quantised_package_passes_parity(name: str, precision: str) -> None:
     found = run(made.path, batch)
     if precision.endswith("a16"):
         floor = half_floor_db(made.graph_module, batch)
-        assert sqnr_db(made.graph_module(batch), found) >= floor - HALF_MARGIN_DB
+        assert sqnr_db(made.graph_module(batch), found) >= floor - FLOOR_MARGIN_DB
         return
     floats = model_of(name).graph_module(batch)
     reference = make_reference("simulation", made.graph_module, batch, floats, seed=0)
@@ -238,7 +238,7 @@ def test_fixed_batch() -> None:
     assert list(description.type.multiArrayType.shape) == [1, 3, SIZE, SIZE]
     assert not description.type.multiArrayType.shapeRange.sizeRanges
     batch = images(1)
-    wanted = half_floor_db(made.graph_module, batch) - HALF_MARGIN_DB
+    wanted = half_floor_db(made.graph_module, batch) - FLOOR_MARGIN_DB
     assert sqnr_db(made.graph_module(batch), run(made.path, batch)) >= wanted
 
 
@@ -298,7 +298,7 @@ def test_palettes(tmp_path: Path) -> None:
     assert any("coremltools" in note for note in made.exported.notes)
     batch = images(6)
     found = sqnr_db(made.graph_module(batch), run(made.path, batch))
-    assert 5 < found < half_floor_db(made.graph_module, batch) - HALF_MARGIN_DB
+    assert 5 < found < half_floor_db(made.graph_module, batch) - FLOOR_MARGIN_DB
     for weight in (
         load_program(made.path)[1].functions["main"].find_ops(op_type="constexpr_lut_to_dense")
     ):

@@ -14,10 +14,10 @@ pytest.importorskip("coremltools")
 
 from deploykit._compat import timm
 from deploykit.export.coreml import Coreml
-from deploykit.export.half import HALF_MARGIN_DB, half_floor_db
 from deploykit.export.mil_evaluate import MilProgram
 from deploykit.export.parity import compare, make_reference
 from deploykit.export.registry import Source
+from deploykit.export.rounding import FLOOR_MARGIN_DB, half_floor_db
 from deploykit.graph.capture import CapturedModel, capture
 from deploykit.graph.signal import sqnr_db
 from deploykit.quant.quantize import QuantizeOptions, quantize
@@ -67,7 +67,7 @@ def test_backbone(name: str, precision: str, tmp_path: Path) -> None:
         assert row.passed, row
     else:
         floor = half_floor_db(graph_module, batch)
-        assert sqnr_db(wanted, found) >= floor - HALF_MARGIN_DB
+        assert sqnr_db(wanted, found) >= floor - FLOOR_MARGIN_DB
     parameters = sum(p.numel() for p in model.backbone.module.parameters())
     written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     least = parameters * {"fp32": 2.0, "w8a8": 1.0, "w4a16": 0.5}[precision]
