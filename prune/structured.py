@@ -149,7 +149,11 @@ class _Job:
             return
         scope = ", ".join(self.options.scope)
         if not self.groups:
-            raise UsageError(f"structured pruning: nothing in the scope ({scope}) can go here")
+            message = f"structured pruning: nothing in the scope ({scope}) can go here"
+            reasons = [f"{name}: {reason}" for name, reason in self.declined.items()]
+            message += f"; {reasons[0]}" if reasons else ""
+            message += f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+            raise UsageError(message)
         narrowest = self._choices([torch.zeros(group.units) for group in self.groups])
         least = self.cost().total(np.array([choice.shares[-1] for choice in narrowest]))
         if self.options.blocks == 0 and least > (1 - self.options.ratio) * full:
@@ -215,12 +219,20 @@ def _remembered(measure: MeasureLayers | None) -> MeasureLayers | None:
 
 
 def _layers_inside(module: nn.Module, names: Iterable[str]) -> frozenset[nn.Module]:
-    """Layers of attention nobody knows whose outputs are no plain channels."""
+    """Layers of attention nobody knows whose outputs are no plain channels.
+
+    Where a whole block is its own attention, as CSWin's is, its MLP is not part of that.
+    """
     found: set[nn.Module] = set()
     for name in names:
-        for child_name, child in module.get_submodule(name).named_modules():
-            if isinstance(child, nn.Linear | nn.Conv2d) and child_name != "proj":
-                found.add(child)
+        attention = module.get_submodule(name)
+        mlps = [part for part in attention.modules() if hasattr(part, "fc1")]
+        apart = {layer for mlp in mlps for layer in mlp.modules()}
+        found |= {
+            child
+            for child_name, child in attention.named_modules()
+            if isinstance(child, nn.Linear | nn.Conv2d) and child_name != "proj"
+        } - apart
     return frozenset(found)
 
 

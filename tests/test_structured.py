@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deploykit._compat import timm
 from deploykit.errors import UsageError
 from deploykit.export.onnx import onnx_bytes
 from deploykit.export.structure import load_model, model_bytes
@@ -299,6 +300,40 @@ def test_attention_that_is_not_known_is_left_whole_and_said() -> None:
     assert pruned.attn.qkv.out_features == 96
     assert pruned.mlp[0].out_features < 64
     assert "layout" in record.details["declined"]["attn"]
+
+
+class _StrangeBlock(_Strange):
+    """A whole block that is its own attention, as CSWin's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = timm.layers.Mlp(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + super().forward(x)
+        return x + self.mlp(x)
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 32, 8, 8)
+        self.block = _StrangeBlock()
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_the_mlp_of_a_block_that_is_its_own_attention_goes() -> None:
+    pruned, _ = prune(shake(_Blocks()), ratio=0.1, scope=("mlp",))
+    assert pruned.block.qkv.out_features == 96
+    assert pruned.block.mlp.fc1.out_features < 64
+
+
+def test_why_nothing_can_go_is_said() -> None:
+    with pytest.raises(UsageError, match="block: _StrangeBlock is no attention whose layout"):
+        prune(shake(_Blocks()), ratio=0.1, scope=("heads",))
 
 
 @pytest.mark.parametrize(
