@@ -20,6 +20,8 @@ TITLES = {
     "peers": "Other tools on the same weights and the same 32 calibration images",
     "ladder": "What each ingredient adds: W4A4 on the real ViT",
     "growth": "What quantising costs",
+    "prune_width": "Pruned to half the cost, against narrow from the start",
+    "gpu": "On a GPU: 8 bits, 2:4 zeros, and both",
     "prune_families": "Every family pruned, sparse and merged: saved, loaded, exported",
     "shvit_s4": "SHViT-S4 at 256 px, untrained here: size and speed only",
 }

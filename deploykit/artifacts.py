@@ -83,12 +83,17 @@ def loadable(artifacts: Iterable[Artifact], target: Target) -> list[Artifact]:
 
 @dataclass(frozen=True)
 class ArtifactWriter:
-    """Writes a run's files into its output folder, each whole or not at all."""
+    """Writes a run's files into its output folder, each whole or not at all.
+
+    Attributes:
+        batches: see ``Source``.
+    """
 
     workspace: Workspace
     reporter: Reporter
     backbone: Backbone
     metadata: Mapping[str, str]
+    batches: tuple[int, int] = Source.batches
 
     def write(
         self,
@@ -113,6 +118,7 @@ class ArtifactWriter:
                 precision,
                 dynamic_batch=model.dynamic_batch,
                 metadata=self.metadata,
+                batches=self.batches,
             )
             with self.reporter.step(f"write {path.name}"):
                 folder = self.workspace.fresh_folder(f"export-{exporter.name}-{name}")

@@ -178,7 +178,9 @@ class _Job:
 
     @cached_property
     def writer(self) -> ArtifactWriter:
-        return ArtifactWriter(self.workspace, self.reporter, self.backbone, self.metadata)
+        return ArtifactWriter(
+            self.workspace, self.reporter, self.backbone, self.metadata, self.recipe.batches
+        )
 
     @property
     def main(self) -> QuantizedModel | None:

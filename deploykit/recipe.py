@@ -345,6 +345,12 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @property
+    def batches(self) -> tuple[int, int]:
+        """Images a call: as measured, and the most that any step of the run takes."""
+        usual = self.measure.batch_size
+        return usual, max(usual, self.evaluation.batch_size, *self.verify.batch_sizes)
+
+    @property
     def shrinks(self) -> bool:
         """The model is changed before it is quantised."""
         return self.prune.active or self.merge.active or self.sparsify.active

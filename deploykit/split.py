@@ -131,7 +131,9 @@ def run_split(
         for number, part in enumerate(parts, start=1):
             reporter.note(f"part {number} of {len(parts)}: {len(part)} classes")
             reports.append(_part(recipe, part, out / f"part-{number}", command, reporter, resume))
-        writer = ArtifactWriter(workspace, reporter, backbone, {"model": backbone.name})
+        writer = ArtifactWriter(
+            workspace, reporter, backbone, {"model": backbone.name}, recipe.batches
+        )
         original = writer.write(exporter, "original", capture(backbone), "fp32")
         files = [
             _shipped(report, targets[0], out / f"part-{number}", f"part-{number}")

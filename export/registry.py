@@ -56,6 +56,8 @@ class Source:
         dynamic_batch: whether the file should take any number of images.
         metadata: what the file should say of itself, where the format has room for it.
         onnx: the same graph as an ONNX file in the exporter's profile, if there is one.
+        batches: the usual and the largest number of images a call, for formats that are tuned to
+            them or hold no others.
     """
 
     graph_module: fx.GraphModule
@@ -64,6 +66,7 @@ class Source:
     dynamic_batch: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict)
     onnx: Path | None = None
+    batches: tuple[int, int] = (1, 32)
 
 
 @dataclass(frozen=True)

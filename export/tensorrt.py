@@ -45,7 +45,8 @@ class TensorrtOptions:
     Attributes:
         floats: what isn't integer is computed in; normalisations and sums stay float32.
         library: which of the two; None takes ``tensorrt`` if it is installed.
-        batch: smallest, best and largest number of images of a file with dynamic batch.
+        batch: smallest, best and largest number of images of a file with dynamic batch; None
+            takes one, and the source's usual and largest.
         capabilities: GPUs to build for, such as ``("SM80", "SM89")``, with ``tensorrt_rtx``;
             empty is the GPU at hand, or without one Ampere, Ada and Blackwell.
         workspace_mib: the most scratch memory a layer may take; None leaves the GPU's memory.
@@ -56,7 +57,7 @@ class TensorrtOptions:
 
     floats: Literal["float16", "float32"] = "float16"
     library: Literal["tensorrt", "tensorrt_rtx"] | None = None
-    batch: tuple[int, int, int] = (1, 1, 32)
+    batch: tuple[int, int, int] | None = None
     capabilities: tuple[str, ...] = ()
     workspace_mib: int | None = None
     optimization_level: int = 3
@@ -64,8 +65,7 @@ class TensorrtOptions:
     timeout_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
-        low, best, high = self.batch
-        if not 1 <= low <= best <= high:
+        if self.batch is not None and not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
             message = f"wanted batch sizes 1 <= smallest <= best <= largest, got {self.batch}"
             raise UsageError(message)
         if not 0 <= self.optimization_level <= 5:
@@ -137,7 +137,7 @@ class TensorrtExporter:
             onnx=str(file),
             engine=str(path.absolute()),
             input_name=INPUT_NAME,
-            batch=list(options.batch) if source.dynamic_batch else [],
+            batch=list(options.batch or (1, *source.batches)) if source.dynamic_batch else [],
             input_shape=[3, size, size],
             capabilities=list(options.capabilities),
             workspace_mib=options.workspace_mib or 0,

@@ -171,8 +171,8 @@ class _Context:
 def count_kernels(information: Mapping[str, Any]) -> dict[str, int]:
     """The inspector's JSON as counts of multiplying layers, ``int8`` or ``float`` in front.
 
-    The type is that of a layer's inputs. RTX shows one compiled program instead of its layers;
-    that is counted as such.
+    The type is that of a layer's inputs; ``sparse`` follows where the tactic's name has it. RTX
+    shows one compiled program instead of its layers; that is counted as such.
 
     Args:
         information: with a list ``Layers`` of objects (detailed) or of names.
@@ -189,7 +189,8 @@ def count_kernels(information: Mapping[str, Any]) -> dict[str, int]:
         elif any(word in title for word in _PRODUCTS):
             types = [str(one.get("Format/Datatype", "")).lower() for one in layer.get("Inputs", [])]
             integer = bool(types) and any(word in types[0] for word in _INTEGER)
-            counts[f"{'int8' if integer else 'float'} {layer.get('LayerType')}"] += 1
+            sparse = "sparse " if "sparse" in title else ""
+            counts[f"{'int8' if integer else 'float'} {sparse}{layer.get('LayerType')}"] += 1
     return dict(counts)
 
 

@@ -238,9 +238,14 @@ def test_kernels(gpu: Any) -> None:
         "LayerType": "MatrixMultiply",
         "Inputs": [{"Format/Datatype": "Row major linear FP16"}],
     }
+    sparse = product | {"TacticName": "sm80_xmma_sparse_gemm_f16f16_f16f16_f16_tn_n"}
     other = {"Name": "copy", "LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Int8"}]}
-    found = count_kernels({"Layers": [layer, layer, product, other]})
-    assert found == {"int8 CaskConvolution": 2, "float MatrixMultiply": 1}
+    found = count_kernels({"Layers": [layer, layer, product, sparse, other]})
+    assert found == {
+        "int8 CaskConvolution": 2,
+        "float MatrixMultiply": 1,
+        "float sparse MatrixMultiply": 1,
+    }
     assert count_kernels({}) == {}
     assert list(count_kernels({"Layers": ["a name"]})) == [
         "unknown: the engine was built without layer details"

@@ -29,6 +29,7 @@ from deploykit.graph.signal import sqnr_db
 from deploykit.prune.sparsity import SparsityOptions, sparsify
 from deploykit.quant.quantize import QuantizeOptions, quantize
 from deploykit.quant.rounding.layer import Rounding
+from deploykit.recipe_io import build_recipe
 from deploykit.targets import nvidia
 from tests.factories import make_artifact
 from tests.graphs import batches, captured, images
@@ -143,6 +144,15 @@ def test_batch_sizes_are_the_engine_s(tmp_path: Path) -> None:
     options = dataclasses.replace(ONE_GPU, batch=(2, 3, 6))
     done = TensorrtExporter(options).export(float_source("cnn"), path)
     assert done.dynamic_batch and b"out of bounds [2, 6]" in path.read_bytes()
+
+
+def test_a_run_s_own_batch_is_the_engine_s(tmp_path: Path) -> None:
+    recipe = build_recipe({"model": {"name": "x"}, "measure": {"batch_size": 64}}, "a test")
+    assert recipe.batches == (64, 64)
+    path = tmp_path / "model.engine"
+    source = dataclasses.replace(float_source("cnn"), batches=recipe.batches)
+    TensorrtExporter(ONE_GPU).export(source, path)
+    assert b"out of bounds [1, 64]" in path.read_bytes()
 
 
 def test_fixed_batch_and_several_gpus(tmp_path: Path) -> None:
