@@ -27,6 +27,7 @@ from deploykit._compat import timm
 
 MODEL = "shvit_s1"
 SIZE = 112
+Tensors = tuple[Tensor, ...] | list[Tensor]
 CHECKPOINT = "shvit_s1_fashion_mnist_112.safetensors"
 MEAN, STD = 0.5, 0.5
 CALIB_IMAGES, TEST_IMAGES = 512, 2000
@@ -85,7 +86,7 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, device: str) -> float
     return 100 * hits / len(images)
 
 
-def moving_average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+def moving_average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
     """One step of an exponential average, fast at first: a short run forgets its random start."""
     decay = min(0.998, (1 + int(count)) / (10 + int(count)))
     torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(averaged, current, count)
