@@ -192,6 +192,28 @@ def test_noisy_machine_is_extended_then_called_noisy() -> None:
     assert not first.warmup.stable
 
 
+def test_a_shared_machine_is_told_by_its_medians() -> None:
+    """Another process takes 8 ms whenever 12 ms of ours are over: most long calls meet it, most
+    short ones don't. The comparison stands; the medians don't."""
+    machine = Machine()
+    ours = 0
+
+    def sharing(ms: int) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal ours
+            before, ours = ours, ours + ms
+            machine.now += int(ms * 1e6) + int(8e6) * (ours // 12 - before // 12)
+
+        return call
+
+    original, compressed = run_protocol([sharing(10), sharing(5)], Timing(), clock=machine.clock)
+    assert not original.noisy
+    assert compressed.ratio is not None and compressed.ratio.value == pytest.approx(0.5)
+    assert compressed.noisy and not compressed.ratio_noisy
+    said = "the medians' quotient is 0.28, the undisturbed calls' 0.50: something else was running"
+    assert said in (compressed.withheld or "")
+
+
 def test_too_slow_for_the_budget_is_noisy_and_says_why() -> None:
     machine = Machine()
     (only,) = run_protocol([machine.model("a", 2000)], Timing(max_seconds=30), clock=machine.clock)
