@@ -12,10 +12,12 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
+from torch_pruning.dependency import index_mapping
 
 from deploykit.errors import one_line
 from deploykit.prune.structured_groups import Group, Slice
@@ -63,6 +65,20 @@ class _LeafPruner(torch_pruning.BasePruningFunc):  # type: ignore[misc]
         return None if ports is None else ports.channels_in
 
 
+class _Flattening(index_mapping._FlattenIndexMapping):  # type: ignore[misc]
+    """torch-pruning's own, which gives up where channels multiply beyond any layer's.
+
+    It guesses what a reshape flattens from the layers around it. Around windows the guesses are
+    wrong, each multiplies the last one's indices, and a network such as MaxViT takes hours.
+    """
+
+    def __call__(self, idxs: Sequence[Any]) -> Any:
+        if not self.reverse and len(idxs) * self._stride > _MOST_CHANNELS:
+            raise ValueError("its reshapes can't be followed")
+        return super().__call__(idxs)
+
+
+_MOST_CHANNELS = 2**16
 _Shapes = dict[nn.Module, tuple[torch.Size, torch.Size]]
 
 
@@ -170,7 +186,12 @@ def _trace(
     example = torch.zeros(shapes[module][0])
     groups: list[Group] = []
     declined: dict[str, str] = {}
-    with _standing_in(module, shapes) as leaves, warnings.catch_warnings(), torch.enable_grad():
+    with (
+        _standing_in(module, shapes) as leaves,
+        mock.patch.object(index_mapping, "_FlattenIndexMapping", _Flattening),
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+    ):
         warnings.simplefilter("ignore")
         last = _last_layer(module, example)
         graph = torch_pruning.DependencyGraph()

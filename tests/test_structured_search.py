@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploykit.errors import MeasurementError
 from deploykit.prune.importance import IMPORTANCES, unit_scores
@@ -18,6 +18,7 @@ from deploykit.prune.structured import StructureOptions, prune_structure
 from deploykit.prune.structured_cost import Cost, Layer, Product, Width
 from deploykit.prune.structured_groups import Group, Slice
 from deploykit.prune.structured_search import choose_widths, options_of
+from deploykit.prune.structured_trace import channel_groups
 from tests.graphs import SIZE, batches, make_backbone, tiny_vit
 
 
@@ -163,3 +164,29 @@ def test_every_importance_is_zero_for_dead_units_and_never_negative(name: str) -
     assert scores[0, 3] == 0
     assert bool((scores >= 0).all())
     assert int((scores == 0).sum()) == 1
+
+
+# ── tracing ───────────────────────────────────────────────────────────────────────────────────
+
+
+class _Window(nn.Module):
+    """Reshapes like those around windows: from maps to tokens and back, several times over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(8, 8, 1)
+        self.mlp = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x)
+        batch, channels, side, _ = x.shape
+        windows = x.reshape(batch, channels * side * side).reshape(batch, side * side, channels)
+        return x + self.mlp(windows).transpose(1, 2).reshape(x.shape)
+
+
+def test_reshapes_that_multiply_channels_end_the_trace_of_the_whole() -> None:
+    """Each makes 256 channels of one, as the tracer guesses; the MLPs are found part by part."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 2, 2), *[_Window() for _ in range(3)]).eval()
+    groups, declined = channel_groups(net, torch.zeros(1, 3, SIZE, SIZE))
+    assert {g.name for g in groups if g.kind == "mlp"} == {"1.mlp.0", "2.mlp.0", "3.mlp.0"}
+    assert declined["embedding"].endswith("its reshapes can't be followed")
