@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.errors import MeasurementError
+from deploykit.prune import structured_trace
 from deploykit.prune.importance import IMPORTANCES, unit_scores
 from deploykit.prune.importance_gradients import score_vector
 from deploykit.prune.latency import LayerShape, latency_terms
@@ -169,24 +170,24 @@ def test_every_importance_is_zero_for_dead_units_and_never_negative(name: str) -
 # ── tracing ───────────────────────────────────────────────────────────────────────────────────
 
 
-class _Window(nn.Module):
-    """Reshapes like those around windows: from maps to tokens and back, several times over."""
-
+class _Flat(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.mix = nn.Conv2d(8, 8, 1)
-        self.mlp = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
+        self.maps = nn.Sequential(nn.Conv2d(3, 16, 2, 2), nn.ReLU(), nn.Conv2d(16, 8, 1))
+        self.tail = nn.Sequential(nn.Linear(8 * 16 * 16, 32), nn.ReLU(), nn.Linear(32, 10))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mix(x)
-        batch, channels, side, _ = x.shape
-        windows = x.reshape(batch, channels * side * side).reshape(batch, side * side, channels)
-        return x + self.mlp(windows).transpose(1, 2).reshape(x.shape)
+        return self.tail(self.maps(x).flatten(1))
 
 
-def test_reshapes_that_multiply_channels_end_the_trace_of_the_whole() -> None:
-    """Each makes 256 channels of one, as the tracer guesses; the MLPs are found part by part."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 2, 2), *[_Window() for _ in range(3)]).eval()
-    groups, declined = channel_groups(net, torch.zeros(1, 3, SIZE, SIZE))
-    assert {g.name for g in groups if g.kind == "mlp"} == {"1.mlp.0", "2.mlp.0", "3.mlp.0"}
+def test_reshapes_that_multiply_channels_end_the_trace_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its parts are traced then."""
+    example = torch.zeros(1, 3, SIZE, SIZE)
+    groups, declined = channel_groups(_Flat().eval(), example)
+    assert {g.name for g in groups} == {"maps.0", "maps.2", "tail.0"} and not declined
+    monkeypatch.setattr(structured_trace, "_MOST_CHANNELS", 2000)  # 8 channels of 256 are more
+    groups, declined = channel_groups(_Flat().eval(), example)
+    assert {g.name for g in groups} == {"maps.0", "tail.0"}
     assert declined["embedding"].endswith("its reshapes can't be followed")
