@@ -34,6 +34,7 @@ from deploykit.inputs import Inputs
 from deploykit.optimize_for import check_target, layer_profiles
 from deploykit.placement_search import Placement
 from deploykit.progress import Reporter
+from deploykit.prune.recover import import_accelerate
 from deploykit.quant.nncf_algorithm import has_attention, import_nncf, nncf_onnx
 from deploykit.quant.research_integer import replace_with_integer_ops
 from deploykit.quantizing import Quantizing
@@ -93,6 +94,8 @@ def run(
     exporters = chosen_exporters(recipe, targets)
     if recipe.quantize.uses_nncf:
         import_nncf()
+    if recipe.recover.active:
+        import_accelerate()
     backbone, notes = build_backbone(recipe.model, recipe.seed)
     inputs = Inputs(recipe, backbone)
     for note in [*notes, *inputs.notes]:

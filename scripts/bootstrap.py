@@ -185,6 +185,14 @@ def key() -> str:
     return hashlib.sha256(b"\0".join([*parts, os.fsencode(ROOT)])).hexdigest()
 
 
+def optional_parts() -> list[str]:
+    """The extras of ``pyproject.toml``."""
+    import tomllib  # not there before 3.11, and main() says so in one line
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return sorted(project.get("optional-dependencies", {}))
+
+
 def pins(names: Sequence[str]) -> list[str]:
     """The lines ``name==version`` of the constraints file."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -234,6 +242,10 @@ def pip(environment: Environment) -> list[str]:
 
 def bootstrap(folder: Path, extras: Sequence[str]) -> None:
     """Bring the environment to what ``pyproject.toml`` and ``constraints.txt`` say."""
+    known = optional_parts()
+    if unknown := sorted({*extras} - {*known}):
+        message = f"pyproject.toml has no extra {unknown[0]!r}; it has {', '.join(known)}"
+        raise BootstrapError(message)
     environment = Environment(folder)
     stamp = environment.stamp()
     wanted = sorted({*extras, *stamp.get("extras", [])})

@@ -63,7 +63,9 @@ class Bench:
         self.root = root
         self.script = load()
         self.machine = Machine()
-        (root / "pyproject.toml").write_text("[project]\n")
+        (root / "pyproject.toml").write_text(
+            "[project]\n[project.optional-dependencies]\ntest = []\nopenvino = []\n"
+        )
         (root / "constraints.txt").write_text("# pins\ntorch==2.13.0\ntorchvision==0.28.0\n")
         self.patch = monkeypatch
         monkeypatch.setattr(self.script, "ROOT", root)
@@ -120,6 +122,14 @@ def test_a_further_extra_keeps_the_earlier_ones(bench: Bench) -> None:
     assert bench.machine.installs[-1][-1] == ".[openvino,test]"
     bench.run("test")
     assert len(bench.machine.installs) == 2
+
+
+def test_an_extra_that_there_isnt_is_refused(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.run("tset") == 1
+    assert "no extra 'tset'; it has openvino, test" in capsys.readouterr().out
+    assert not bench.machine.installs and not bench.venv.exists()
 
 
 def test_no_gpu_and_cuda_wheels_takes_the_cpu_builds(

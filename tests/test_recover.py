@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deploykit import compress
 from deploykit.errors import DeploykitError, ExitCode, TargetMissingError, UsageError
 from deploykit.export.onnx import onnx_bytes
 from deploykit.export.structure import model_bytes
@@ -280,7 +281,9 @@ def test_options_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
         RecoverOptions(**bad)
 
 
-def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_accelerate_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -293,6 +296,9 @@ def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(TargetMissingError, match=r"deploykit-vision\[recover\]") as raised:
         recover(model, model, QUICK, Waves(8))
     assert raised.value.exit_code == ExitCode.TARGET_MISSING
+    with pytest.raises(TargetMissingError, match=r"deploykit-vision\[recover\]"):  # at once
+        compress(model="no such model", prune=0.3, recover=tmp_path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_run() -> None:
