@@ -79,3 +79,37 @@ def test_others_must_reach_80_db() -> None:
     assert near.passed and near.tolerance == "SQNR >= 80 dB"
     _, far = judged(share=1.0, noise=1e-3)
     assert not far.passed and far.tolerance == "SQNR >= 80 dB"
+
+
+class Spikes(nn.Module):
+    """Every value is a spike or none: the last digit of a sum near the threshold decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.head = nn.Linear(192, 4096), nn.Linear(4096, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head((self.wide(x[:, :, ::4, ::4].flatten(1)) >= 0).float())
+        return scores
+
+
+def spiking(wrong: float) -> ParityRow:
+    """What is said of a float file of it that has ``wrong`` of its values wrong."""
+    torch.manual_seed(0)
+    model = captured(Spikes().eval())
+    x = images(64)
+    logits = model.graph_module(x)
+    reference = make_reference("model", model.graph_module, x, logits, 0, model.graph_module)
+    other = logits + wrong * logits.std() * torch.randn(logits.shape)
+    artifact = Artifact(
+        name="original", format="onnx", path=Path("model.onnx"), bytes=1, sha256="",
+        precision="fp32", weights="untrained", dynamic_batch=True,
+    )  # fmt: skip
+    return compare(artifact, "a runtime", 64, other, reference, "synthetic")
+
+
+def test_a_float_network_of_spikes_may_move_as_far_as_a_rerun() -> None:
+    near, far = spiking(wrong=1e-5), spiking(wrong=0.3)
+    assert near.passed and "as far as a rerun of the graph moves it" in near.tolerance
+    assert near.floor_db is not None and near.noise_db is None
+    assert not far.passed

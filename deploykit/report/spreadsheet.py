@@ -42,7 +42,7 @@ COLUMNS = {
     "p50_high_ms": "upper end of its 95 % interval",
     "p90_ms": "90th percentile, empty if there were too few samples",
     "p99_ms": "99th percentile, empty if there were too few samples",
-    "withheld": "why a percentile is empty",
+    "withheld": "why a percentile is empty, or the figures are noisy",
     "noisy": "true if the times are too noisy to be used",
     "time_ratio": "time against the original's on the same target",
     "time_ratio_low": "lower end of its 95 % interval",
