@@ -142,9 +142,9 @@ def shipped(member: Member, name: str, graph_module: fx.GraphModule, dynamic: bo
     precision = name if name.startswith("w") else "fp32"
     source = Source(graph_module, member.backbone, precision, dynamic_batch=dynamic, metadata={})
     made = get_exporter("onnx").export(source, path)
-    chooses = precision != "fp32" or makes_choices(graph_module)
+    chooses = graph_module is not member.graph.graph_module and makes_choices(graph_module)
     floats = None
-    if chooses:
+    if precision != "fp32" or chooses:
         floats = member.logits(member.graph.graph_module, member.graph.dynamic_batch)
     reference = make_reference(
         name, lambda x: in_batches(graph_module, x, len(x) if dynamic else 1), member.images,

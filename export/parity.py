@@ -14,7 +14,7 @@ and as far as so many images can tell: where both err independently, some images
 A graph that merges tokens makes choices, too: of two tokens that are alike to the sixth digit,
 either goes. Most images have no such pair and must agree as float programs do; no more of them
 may differ than when the graph itself is rerun as above. A network of spikes is all choices: its
-float file may be as far from it as a rerun is.
+float file is held to the graph's own rounding.
 
 Feature maps are judged level by level, each as if it were the only output. They have no classes:
 what is said of top-1 doesn't apply.
@@ -235,20 +235,15 @@ def compare(
         own = None
     else:
         own = sqnr_db(reference.float_logits, wanted)
-        if math.isinf(own):  # the float model itself, which makes choices
-            needed = min(reference.floor_sqnr_db - NOISE_MARGIN_DB, FLOAT_SQNR_DB)
-            passed = sqnr >= needed
-            tolerance = f"SQNR >= {needed:.1f} dB, as far as a rerun of the graph moves it"
-        else:
-            theirs = sqnr_db(reference.float_logits, logits)
-            needed = min(own - NOISE_MARGIN_DB, FLOAT_SQNR_DB)
-            excess = HALF_EXCESS_DB if artifact.half else EXCESS_DB
-            noisier = _noisier(reference.float_logits, wanted, logits, excess)
-            passed = sqnr >= needed and not noisier
-            tolerance = (
-                f"SQNR >= {needed:.1f} dB; noise within {excess:g} dB of the reference's, as far "
-                f"as {count} images tell (it is {theirs:.1f} dB)"
-            )
+        theirs = sqnr_db(reference.float_logits, logits)
+        needed = min(own - NOISE_MARGIN_DB, FLOAT_SQNR_DB)
+        excess = HALF_EXCESS_DB if artifact.half else EXCESS_DB
+        noisier = _noisier(reference.float_logits, wanted, logits, excess)
+        passed = sqnr >= needed and not noisier
+        tolerance = (
+            f"SQNR >= {needed:.1f} dB; noise within {excess:g} dB of the reference's, as far as "
+            f"{count} images tell (it is {theirs:.1f} dB)"
+        )
         if reference.floor_flips is not None:
             allowed = most_flips(count, reference.floor_flips, reference.reruns * count)
             passed = passed and disagree <= allowed
@@ -270,7 +265,7 @@ def compare(
         mean_abs=float(difference.mean()),
         sqnr_db=sqnr,
         top1_agreement=100 * (count - disagree) / count if has_classes else None,
-        noise_db=own if own is not None and math.isfinite(own) else None,
+        noise_db=own,
         floor_db=None if own is None else reference.floor_sqnr_db,
         tolerance=tolerance,
         passed=bool(passed and torch.isfinite(logits).all()),

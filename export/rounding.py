@@ -8,7 +8,8 @@ in torch, and a file may have at most twice that noise's amplitude (6 dB), becau
 orders the operators differently.
 
 The same holds of float32, where a network amplifies its rounding by a thousand, as some untrained
-ones do: what the graph in float32 differs from itself in float64 by, a float32 file may as well.
+ones and those of spikes do: what the graph in float32 differs from itself in float64 by, a float32
+file may as well.
 """
 
 from __future__ import annotations

@@ -89,7 +89,8 @@ class Spikes(nn.Module):
         self.wide, self.head = nn.Linear(192, 4096), nn.Linear(4096, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.head((self.wide(x[:, :, ::4, ::4].flatten(1)) >= 0).float())
+        sums = self.wide(x[:, :, ::4, ::4].flatten(1)) + 1e4 - 1e4  # few digits are left
+        scores: Tensor = self.head((sums >= 0).float())
         return scores
 
 
@@ -98,8 +99,8 @@ def spiking(wrong: float) -> ParityRow:
     torch.manual_seed(0)
     model = captured(Spikes().eval())
     x = images(64)
-    logits = model.graph_module(x)
-    reference = make_reference("model", model.graph_module, x, logits, 0, model.graph_module)
+    reference = make_reference("model", model.graph_module, x, None, 0, model.graph_module)
+    logits = reference.logits
     other = logits + wrong * logits.std() * torch.randn(logits.shape)
     artifact = Artifact(
         name="original", format="onnx", path=Path("model.onnx"), bytes=1, sha256="",
@@ -109,7 +110,7 @@ def spiking(wrong: float) -> ParityRow:
 
 
 def test_a_float_network_of_spikes_may_move_as_far_as_a_rerun() -> None:
-    near, far = spiking(wrong=1e-5), spiking(wrong=0.3)
-    assert near.passed and "as far as a rerun of the graph moves it" in near.tolerance
-    assert near.floor_db is not None and near.noise_db is None
+    nearest, near, far = spiking(wrong=1e-5), spiking(wrong=2e-3), spiking(wrong=0.3)
+    assert nearest.passed and nearest.tolerance == "SQNR >= 80 dB"
+    assert near.passed and "of the graph in float32" in near.tolerance
     assert not far.passed
