@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from deploykit.data import open_dataset
+from deploykit.data import ImageSet, open_dataset
 from deploykit.graph.capture import CapturedModel
 from deploykit.progress import Steps
 from deploykit.prune.recover import recover
@@ -19,9 +19,9 @@ from deploykit.prune.recover_soup import recover_soup
 from deploykit.recipe import Recipe
 from deploykit.targets.device import cpu_facts
 from deploykit.training_images import TrainingImages
-from deploykit.types import PassRecord
+from deploykit.types import Backbone, PassRecord
 
-__all__ = ["fast_precision", "recovered"]
+__all__ = ["fast_precision", "recovered", "training_images"]
 
 
 def recovered(
@@ -41,16 +41,7 @@ def recovered(
         TargetMissingError: accelerate isn't installed.
     """
     section = recipe.recover
-    assert section.data is not None
-    images = TrainingImages(
-        open_dataset(
-            section.data,
-            student.backbone.preprocessing,
-            labelled="labels" in section.losses,
-            num_classes=student.backbone.num_classes,
-            seed=recipe.seed,
-        )
-    )
+    images = TrainingImages(training_images(recipe, student.backbone))
     options = _options(recipe)
     if section.quantization_aware:
         return recover_gpusq(student, teacher, options, images, steps=steps, checkpoint=folder)
@@ -62,6 +53,23 @@ def recovered(
         )  # fmt: skip
     model, record = recover(student, teacher, options, images, steps=steps, checkpoint=folder)
     return model, [record]
+
+
+def training_images(recipe: Recipe, backbone: Backbone) -> ImageSet:
+    """What a model learns from, for its own preprocessing and number of classes.
+
+    Raises:
+        UsageError: the images can't be used.
+    """
+    section = recipe.recover
+    assert section.data is not None
+    return open_dataset(
+        section.data,
+        backbone.preprocessing,
+        labelled="labels" in section.losses,
+        num_classes=backbone.num_classes,
+        seed=recipe.seed,
+    )
 
 
 def fast_precision() -> Literal["fp32", "bf16"]:

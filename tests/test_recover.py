@@ -301,6 +301,13 @@ def test_without_accelerate_the_extra_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_are_not_there_are_told_before_anything_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="gone: no such file or folder"):
+        compress(model="shvit_s1", weights="random", prune=0.3, recover=tmp_path / "gone", out=out)
+    assert not out.exists()
+
+
 def test_a_loss_that_is_no_number_ends_the_run() -> None:
     teacher, student = cnn(), damaged(cnn())
     with torch.no_grad():
