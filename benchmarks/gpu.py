@@ -6,9 +6,8 @@
 For each model and batch two runs of ``deploykit.compress``: to 8 bits, and to 2:4 zeros and 8
 bits. Their files (the float one, fp16 in TensorRT; the 2:4 one; the 8-bit one; the one that is
 both) are timed in turns within a run, and the table gives each one's share of that run's float
-time, with the kernels that the loaded file really has. Weights are untrained unless a hub can be
-reached: times and kernels are what is shown, not accuracy. Writes ``benchmarks/results/gpu.json``
-and ``.md`` after each run.
+time, with the kernels that the loaded file really has. Weights are untrained: times and kernels
+are what is shown, not accuracy. Writes ``benchmarks/results/gpu.json`` and ``.md`` after each run.
 """
 
 from __future__ import annotations
@@ -25,25 +24,18 @@ from deploykit.report.model import Report
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
 MODELS = ["deit_s", "deit_b", "sht_vit_s4"]
+KEPT = {
+    "precision", "target", "kernels",
+    "p50_ms", "ratio", "ratio_low", "ratio_high", "samples", "noisy",
+}  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {"w8a8": {}, "2:4 + w8a8": {"sparsity": "2:4"}}
 
 
 def files(report: Report) -> list[dict[str, Any]]:
     """Every measured file of a run."""
     return [
-        {
-            "file": measured.artifact,
-            "precision": measured.precision,
-            "target": measured.target,
-            "runtime": measured.device.runtime,
-            "kernels": measured.kernels,
-            "p50_ms": measured.p50_ms,
-            "ratio": measured.ratio,
-            "ratio_low": measured.ratio_low,
-            "ratio_high": measured.ratio_high,
-            "samples": measured.samples,
-            "noisy": measured.noisy,
-        }
+        {"file": measured.artifact, "runtime": measured.device.runtime}
+        | measured.model_dump(include=KEPT)
         for measured in report.measurements
     ]
 

@@ -37,7 +37,8 @@ EXAMPLE = HERE.parent / "examples" / "fashion_mnist"
 RESULTS = HERE / "results" / "prune_width"
 TARGET = "cpu-onnxruntime"
 RECOVERY_RATE = 1e-3
-TRAINED = 6  # epochs the demo's weights were trained for
+# Epochs the demo's weights were trained for.
+TRAINED = len((EXAMPLE / "train_log.jsonl").read_text(encoding="utf-8").splitlines())
 FACTORY = """from deploykit._compat import timm
 
 

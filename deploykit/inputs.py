@@ -6,7 +6,7 @@ from deploykit.data import ImageSet, open_dataset
 from deploykit.errors import UsageError
 from deploykit.images import Images, calibration_images, verification_images
 from deploykit.recipe import Recipe
-from deploykit.recovery import training_images
+from deploykit.recovery import training_set
 from deploykit.types import Backbone
 
 __all__ = ["Inputs"]
@@ -52,7 +52,7 @@ class Inputs:
         elif recipe.evaluation.data is not None:
             self.notes.append("accuracy refused: the weights are untrained")
         if recipe.recover.active and recipe.model.classes is None:  # a part's classes come later
-            training_images(recipe, backbone)
+            training_set(recipe, backbone)
         self.verification: Images = verification_images(
             self.evaluation, self.fidelity or self.calibration, recipe.verify.images
         )

@@ -21,7 +21,7 @@ from deploykit.targets.device import cpu_facts
 from deploykit.training_images import TrainingImages
 from deploykit.types import Backbone, PassRecord
 
-__all__ = ["fast_precision", "recovered", "training_images"]
+__all__ = ["fast_precision", "recovered", "training_set"]
 
 
 def recovered(
@@ -41,7 +41,7 @@ def recovered(
         TargetMissingError: accelerate isn't installed.
     """
     section = recipe.recover
-    images = TrainingImages(training_images(recipe, student.backbone))
+    images = TrainingImages(training_set(recipe, student.backbone))
     options = _options(recipe)
     if section.quantization_aware:
         return recover_gpusq(student, teacher, options, images, steps=steps, checkpoint=folder)
@@ -55,7 +55,7 @@ def recovered(
     return model, [record]
 
 
-def training_images(recipe: Recipe, backbone: Backbone) -> ImageSet:
+def training_set(recipe: Recipe, backbone: Backbone) -> ImageSet:
     """What a model learns from, for its own preprocessing and number of classes.
 
     Raises:

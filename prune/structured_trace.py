@@ -65,6 +65,9 @@ class _LeafPruner(torch_pruning.BasePruningFunc):  # type: ignore[misc]
         return None if ports is None else ports.channels_in
 
 
+_MOST_CHANNELS = 2**16
+
+
 class _Flattening(index_mapping._FlattenIndexMapping):  # type: ignore[misc]
     """torch-pruning's own, which gives up where channels multiply beyond any layer's.
 
@@ -78,7 +81,6 @@ class _Flattening(index_mapping._FlattenIndexMapping):  # type: ignore[misc]
         return super().__call__(idxs)
 
 
-_MOST_CHANNELS = 2**16
 _Shapes = dict[nn.Module, tuple[torch.Size, torch.Size]]
 
 

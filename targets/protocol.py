@@ -264,7 +264,7 @@ def _summary(
     reasons = [reason for reason in (no_p90, no_p99) if reason]
     if short:
         reasons.append(f"max_seconds ended before {timing.min_samples} samples")
-    # On a machine of one's own both say the same to 2 % (55 recorded comparisons). Where another
+    # On a machine of one's own both say the same to 3 % (55 recorded comparisons). Where another
     # process takes its share of every block, long calls meet it more often than short ones, and the
     # medians are its as much as the model's.
     shared = ratio is not None and abs(quotient / ratio.value - 1) > _PRECISION
