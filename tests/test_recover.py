@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import builtins
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from deploykit.export.onnx import onnx_bytes
 from deploykit.export.structure import model_bytes
 from deploykit.graph.capture import CapturedModel
 from deploykit.graph.two_four import is_two_of_four
+from deploykit.prune import recover_loop
 from deploykit.prune.recover import RecoverOptions, recover
 from deploykit.prune.recover_checkpoint import CHECKPOINT_NAME
 from deploykit.prune.recover_judge import Judge
@@ -212,30 +214,40 @@ def test_a_checkpoint_of_another_run_or_a_broken_one_is_refused(tmp_path: Path) 
         recover(student, teacher, options, Waves(48), checkpoint=tmp_path)
 
 
-def test_a_run_keeps_to_its_time() -> None:
-    teacher, student = cnn(), damaged(cnn())
-    options = replace(QUICK, epochs=10_000, max_seconds=1.5, evaluations=2)
-    _, record = recover(student, teacher, options, Waves(64))
-    assert 0 < record.details["steps"] < 30_000
-    assert record.details["seconds"] < 6
-    assert record.details["history"][-1]["step"] == record.details["steps"]
+class Clock:
+    """A machine where each step takes 0.05 s and each evaluation ``judging`` seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, judging: float) -> None:
+        self.now = 0.0
+        judge = Judge.__call__
+
+        def judged(self_: Judge, module: nn.Module) -> Judgement:
+            self.now += judging
+            return judge(self_, module)
+
+        monkeypatch.setattr(Judge, "__call__", judged)
+        monkeypatch.setattr(recover_loop, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    @contextmanager
+    def steps(self, *_step: object) -> Iterator[Callable[[float], None]]:
+        def advance(amount: float) -> None:
+            self.now += 0.05 * amount
+
+        yield advance
 
 
-def test_slow_evaluations_do_not_take_the_time_of_the_training(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("judging", "evaluations", "steps"), [(0.02, 10, 50), (0.5, 1, 38)])
+def test_a_run_keeps_to_its_time_and_slow_evaluations_do_not_take_it(
+    monkeypatch: pytest.MonkeyPatch, judging: float, evaluations: int, steps: int
 ) -> None:
-    judge = Judge.__call__
-
-    def slowly(self: Judge, module: nn.Module) -> Judgement:
-        time.sleep(0.5)
-        return judge(self, module)
-
-    monkeypatch.setattr(Judge, "__call__", slowly)
-    teacher, student = cnn(), damaged(cnn())
+    clock = Clock(monkeypatch, judging)
     options = replace(QUICK, epochs=10_000, max_seconds=3.0, evaluations=10)
-    _, record = recover(student, teacher, options, Waves(64))
-    assert len(record.details["history"]) <= 2
-    assert record.details["steps"] > 10
+    teacher, student = cnn(), damaged(cnn())
+    _, record = recover(student, teacher, options, Waves(64), steps=clock.steps)
+    history = record.details["history"]
+    assert len(history) == evaluations
+    assert history[-1]["step"] == record.details["steps"] >= steps
+    assert record.details["seconds"] == pytest.approx(clock.now, abs=0.051) and clock.now <= 3.0
 
 
 # --- refusals ---
