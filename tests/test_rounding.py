@@ -130,6 +130,44 @@ def test_moments_predict_what_a_changed_weight_does(name: str) -> None:
     torch.testing.assert_close(through, moments.cross_covariance(), rtol=1e-3, atol=1e-4)
 
 
+def test_inputs_far_from_zero_keep_their_covariance() -> None:
+    layer = nn.Linear(6, 4)
+    program = torch.export.export(layer, (torch.randn(2, 6),)).module()
+    (node,) = nodes_of(program, aten.linear.default)  # type: ignore[arg-type]
+    parts = LayerMoments(LayerShape.of(node, layer.weight))
+    x = 1e4 + 1e-1 * torch.randn(64, 6)  # squared, their variance is behind the last digit
+    for part in x.split(16):
+        parts.update(node, [part], torch.zeros(len(part), 4))
+    moments = parts.both()
+    expected = covariance(x[None].double()).float()
+    torch.testing.assert_close(moments.covariance(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(moments.input_mean, x.mean(0)[None])
+
+
+class Summary(nn.Module):
+    """Layers that see one row a batch, and one that sees the same row in every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+        self.token, self.head = nn.Parameter(3 + torch.rand(1, 1, 8)), nn.Linear(8, 10)
+        self.ask = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.stem(x).mean((2, 3))
+        asked = self.ask(self.token.expand(len(x), 4, 8))
+        return self.head((seen + self.mix(seen) + asked.mean(1)).relu())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_row_or_two_are_no_reason_to_fail(count: int) -> None:
+    """One calibration image, pooled: there is a row to fit and none to try it on."""
+    model = captured(Summary().eval())
+    options = QuantizeOptions(4, 8, rounding="erq", keep_8bit=())
+    made = quantize(model, options, lambda: [images(1, seed=i) for i in range(count)])
+    assert torch.isfinite(made.graph_module(images(2))).all()
+
+
 @pytest.mark.parametrize("name", list(HOSTS)[:2])
 def test_what_is_kept_between_layers_changes_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch
