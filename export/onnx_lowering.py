@@ -165,6 +165,14 @@ def lower_group_norm(
     return result
 
 
+def lower_stable_sort(
+    op: Any, x: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> Any:
+    """TopK of all: among equal values the lower index comes first, as in a stable sort."""
+    count = _shape(op, [int(x.shape[dim])])
+    return op.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
+
+
 def _shape(op: Any, sizes: list[int]) -> Any:
     return op.Constant(value=ir.tensor(np.array(sizes, np.int64), name="shape"))
 
@@ -182,6 +190,7 @@ def lowerings(*, signed: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.fake_quantize_log.default: lower_fake_quantize_log,
         ops.fake_quantize_twin.default: lower_fake_quantize_twin,
         torch.ops.aten.group_norm.default: lower_group_norm,
+        torch.ops.aten.sort.stable: lower_stable_sort,
     }
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from deploykit.graph.quantized import FLOAT, LayerPlan
-from deploykit.quant.folds.attention import AttentionGroup, find_attention
+from deploykit.quant.folds.attention import AttentionGroup, Operand, find_attention
 from deploykit.quant.folds.candidates import repq_candidate
 from deploykit.quant.folds.head_scale import fold_value_channels
 from deploykit.quant.folds.layers import channel_axis
@@ -19,7 +19,7 @@ from deploykit.quant.quantizers.uniform import UniformQuantizer
 from deploykit.quant.ranges import RangeMethod, activation_range
 from deploykit.types import PassRecord
 
-__all__ = ["fold_values", "value_watches"]
+__all__ = ["fold_values", "operand_rows", "producer_watch", "rewrite_operand", "value_watches"]
 
 
 def value_watches(graph_module: fx.GraphModule, plans: Mapping[str, LayerPlan]) -> set[Watch]:
@@ -27,7 +27,7 @@ def value_watches(graph_module: fx.GraphModule, plans: Mapping[str, LayerPlan]) 
     watches = set()
     for group in find_attention(graph_module):
         if _why_not(group, plans) is None:
-            watches |= {_producer(group), _context(group)}
+            watches |= {producer_watch(group.value), _context(group)}
     return watches
 
 
@@ -50,15 +50,13 @@ def fold_values(
             declined[group.value.node.name] = reason
             continue
         bits = plans[group.context.name].input_bits
-        ((_, first),) = group.value.producers
-        made, channels = histograms[_producer(group)], group.value.channels.flatten() - first
-        rows = Histogram(made.low[channels], made.high[channels], made.counts[channels])
+        rows = operand_rows(histograms, group.value)
         candidate = repq_candidate(activation_range(rows, bits, method, include_zero=False), bits)
         assert candidate.scale is not None and candidate.zero_point is not None
         shape = group.value.channels.shape
-        fold_value_channels(
-            graph_module, group, candidate.ratio.reshape(shape), candidate.shift.reshape(shape)
-        )
+        ratio, shift = candidate.ratio.reshape(shape), candidate.shift.reshape(shape)
+        fold_value_channels(graph_module, group, ratio, shift)
+        rewrite_operand(histograms, group.value, ratio, shift)
         grid = UniformQuantizer(candidate.scale, candidate.zero_point, bits)
         activations[group.value.node.name, bits] = grid
         ours = group.columns >= 0
@@ -92,9 +90,32 @@ def _why_not(group: AttentionGroup, plans: Mapping[str, LayerPlan]) -> str | Non
     return None
 
 
-def _producer(group: AttentionGroup) -> Watch:
-    ((node, _),) = group.value.producers
+def producer_watch(operand: Operand) -> Watch:
+    """The channels of the one layer that makes an operand."""
+    ((node, _),) = operand.producers
     return Watch(node.name, channel_axis(node))
+
+
+def operand_rows(histograms: Mapping[Watch, Histogram], operand: Operand) -> Histogram:
+    """Of an operand's channels, (H D) rows, from those of the one layer that makes it."""
+    ((_, first),) = operand.producers
+    made, channels = histograms[producer_watch(operand)], operand.channels.flatten() - first
+    return Histogram(made.low[channels], made.high[channels], made.counts[channels])
+
+
+def rewrite_operand(
+    histograms: dict[Watch, Histogram], operand: Operand, ratio: Tensor, shift: Tensor
+) -> None:
+    """Let the histograms of the layer behind an operand tell of ``(x + shift) / ratio``, (H, D)."""
+    ((node, first),) = operand.producers
+    watch, channels = producer_watch(operand), operand.channels.flatten() - first
+    made = histograms[watch]
+    ratios, shifts = torch.ones_like(made.low), torch.zeros_like(made.low)
+    ratios[channels], shifts[channels] = ratio.flatten().float(), shift.flatten().float()
+    low, high = (made.low + shifts) / ratios, (made.high + shifts) / ratios
+    histograms[watch] = Histogram(low, high, made.counts)
+    if Watch(node.name) in histograms:
+        histograms[Watch(node.name)] = merged(made, ratios, shifts)
 
 
 def _context(group: AttentionGroup) -> Watch:

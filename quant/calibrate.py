@@ -23,6 +23,7 @@ from deploykit.quant.plan import is_gelu_output
 from deploykit.quant.quantizers import get_quantizer
 from deploykit.quant.quantizers.registry import FittedQuantizer
 from deploykit.quant.quantizers.uniform import UniformQuantizer
+from deploykit.quant.query_key_grid import fold_query_keys, query_key_axes, query_key_watches
 from deploykit.quant.ranges import error_power
 from deploykit.quant.state import QuantState
 from deploykit.quant.symmetry import symmetric_keys, symmetric_uniform
@@ -40,7 +41,8 @@ class Observed:
 
     Attributes:
         histograms: of every tensor a layer reads, and of every foldable norm per channel.
-        samples: rows of each foldable norm's output, channels last, by node name.
+        samples: rows of what each foldable norm and each layer of queries and keys writes, channels
+            last, by node name.
     """
 
     histograms: dict[Watch, Histogram]
@@ -67,7 +69,7 @@ def observe(
     watches |= {Watch(activation_of(nodes[name]).name) for name in output_layers(plans, nodes)}
     watches |= {Watch(group.norm.name, group.channel_axis) for group in groups}
     if options.head_fold:
-        watches |= value_watches(graph_module, plans)
+        watches |= value_watches(graph_module, plans) | query_key_watches(graph_module, plans)
     ordered = sorted(watches, key=str)  # the order of a set must not reach the result
     histograms = cache.histograms(ordered) if cache else None
     if histograms is None:
@@ -75,6 +77,8 @@ def observe(
         if cache:
             cache.keep_histograms(histograms)
     axes = {group.norm.name: group.channel_axis for group in groups}
+    if options.head_fold:
+        axes |= query_key_axes(graph_module, plans)
     first = next(iter(batches()))
     return Observed(histograms, sample_rows(graph_module, axes, first))
 
@@ -93,6 +97,9 @@ def fit(
     method = options.activation_range
     if options.head_fold:
         records.append(fold_values(graph_module, plans, histograms, method, activations))
+        records.append(
+            fold_query_keys(graph_module, plans, histograms, observed.samples, method, activations)
+        )
     if options.norm_fold != "off":
         records.append(_fold_norms(graph_module, plans, observed, options, activations))
     for source, bits in sources(plans, nodes):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from deploykit.graph.quantized import LayerPlan
+from deploykit.graph.quantized import FLOAT, LayerPlan
 from deploykit.quant.folds.batch_norm import fold_batch_norm
 from deploykit.quant.folds.equalize import equalize_layers
+from deploykit.quant.folds.scalars import absorb_scalars
 from deploykit.quant.options import QuantizeOptions
 from deploykit.quant.plan import plan_layers
 from deploykit.types import PassRecord
@@ -29,12 +30,15 @@ def planned(graph_module: fx.GraphModule, options: QuantizeOptions) -> dict[str,
 
 
 def fold_layers(graph_module: fx.GraphModule, options: QuantizeOptions) -> list[PassRecord]:
-    """Fold BatchNorm and equalise layers, in place."""
+    """Fold BatchNorm and the scaling of queries, and equalise layers, in place."""
     records = []
     folded = fold_batch_norm(graph_module)
     if folded.folded or folded.kept:
         summary = f"{folded.folded} BatchNorm layers folded, {len(folded.kept)} kept"
         records.append(PassRecord(name="fold_batch_norm", summary=summary, details=folded.kept))
+    if options.head_fold:
+        plans = planned(graph_module, options)
+        absorb_scalars(graph_module, {n for n, plan in plans.items() if plan.input_bits != FLOAT})
     if options.equalize:
         report = equalize_layers(graph_module)
         if report.pairs:

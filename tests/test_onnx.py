@@ -349,6 +349,27 @@ def test_group_norm(groups: int, channels: int, affine: bool) -> None:
         torch.testing.assert_close(graph(x), session(x), rtol=1e-4, atol=1e-4)
 
 
+class Ranked(nn.Module):
+    """Pixels in the order of their first channel's tenths, of which many are equal."""
+
+    def __init__(self, descending: bool) -> None:
+        super().__init__()
+        self.descending = descending
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = (x[:, 0].flatten(1) * 3).round()
+        order = keys.argsort(dim=1, descending=self.descending, stable=True)
+        return x[:, 1].flatten(1).gather(1, order)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_stable_sort_keeps_the_order_of_equals(descending: bool) -> None:
+    graph, session, _ = lowered(Ranked(descending))
+    for count in (1, 2, 5):
+        x = images(count, SIDE)
+        assert torch.equal(graph(x), session(x))
+
+
 # ── whole models ──────────────────────────────────────────────────────────────────────────────
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from deploykit.fsio import atomic_write_bytes
 from deploykit.graph.signal import sqnr_db
@@ -84,17 +87,18 @@ def test_a_weighted_loss_of_equal_weights_is_the_plain_one() -> None:
 
 @pytest.mark.parametrize("loss", ["plain", "aphq", "fima"])
 def test_reconstruction_beats_rounding_to_nearest_on_unseen_images(loss: str) -> None:
+    """In the logits' KL, which the weighted losses approximate; seeds differ by 10 % here."""
     model = captured(tiny_vit())
-    x = images(32, seed=5)
-    common = {"keep_8bit": (), "rounding": "nearest"}
-    before = quantize(model, QuantizeOptions(3, 8, **common), calibration)  # type: ignore[arg-type]
-    after = quantize(
-        model,
-        QuantizeOptions(3, 8, reconstruction=loss, reconstruction_iterations=100, **common),  # type: ignore[arg-type]
-        calibration,
-    )
-    exact = model.graph_module(x)
-    assert sqnr_db(exact, after(x)) > sqnr_db(exact, before(x)) + 0.2
+    x = images(64, seed=5)
+    wanted = model.graph_module(x).log_softmax(-1)
+    nearest = QuantizeOptions(3, 8, keep_8bit=(), rounding="nearest")
+    learnt = replace(nearest, reconstruction=loss, reconstruction_iterations=100)  # type: ignore[arg-type]
+
+    def lost(options: QuantizeOptions) -> float:
+        given = quantize(model, options, calibration)(x).log_softmax(-1)
+        return float(F.kl_div(given, wanted, log_target=True, reduction="batchmean"))
+
+    assert mean(lost(replace(learnt, seed=seed)) for seed in (0, 1)) < lost(nearest)
 
 
 def test_it_is_deterministic_and_goes_on_where_it_was_interrupted(

@@ -9,7 +9,7 @@ rotary embeddings all look alike here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +25,8 @@ aten = torch.ops.aten
 
 _MATMULS = (aten.matmul.default, aten.bmm.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_ADDED = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor)
+_SCALED = (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor)
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,9 @@ def _group(trace: Trace, logits: fx.Node, softmax: fx.Node, context: fx.Node) ->
         name: make_operand(finder, node, found, name, head_axis, heads, sinks)
         for name, node in (("query", q), ("key", k), ("value", v))
     }
+    key = operands["key"]
+    if key.declined is None and key.shift_declined is None:
+        operands["key"] = replace(key, shift_declined=_sees_a_shift(trace, logits, softmax))
     projection, columns, shift_reason = None, torch.zeros(0, dtype=torch.int64), None
     if operands["value"].declined is None:
         try:
@@ -150,9 +155,7 @@ def _group(trace: Trace, logits: fx.Node, softmax: fx.Node, context: fx.Node) ->
     if operands["value"].declined is None:
         shift_reason = shift_reason or _rows_sum_to_one(trace, softmax, context, value_is_left)
         old = operands["value"]
-        operands["value"] = Operand(
-            v, None, old.channels, old.producers, old.mixed, old.shift_declined or shift_reason
-        )
+        operands["value"] = replace(old, shift_declined=old.shift_declined or shift_reason)
     return AttentionGroup(
         operands["query"], operands["key"], operands["value"], logits, softmax, context,
         heads, head_axis, value_axis, projection, columns,
@@ -221,4 +224,43 @@ def _rows_sum_to_one(
         return "the attention weights are changed after the softmax"
     if not torch.equal(positions.sort().values, torch.arange(shape[axis], dtype=torch.int32)):
         return "the softmax is not taken over the tokens that are summed"
+    return None
+
+
+def _sees_a_shift(trace: Trace, logits: fx.Node, softmax: fx.Node) -> str | None:
+    """Why the softmax may see a number added to all logits of a query, or None if it doesn't."""
+    shape = trace.shape(logits)
+    labels = [torch.arange(shape[-1], dtype=torch.int32).expand(shape)]
+    path, node = [], softmax
+    while node is not logits:
+        path.append(node)
+        before = [part for part in node.all_input_nodes if _made_by(part, logits)]
+        if len(before) != 1:
+            return "its logits are read in more than one way"
+        (node,) = before
+    between = path[:0:-1]
+    try:
+        for node, source in zip(between, [logits, *between], strict=False):
+            if is_op(node, *_ADDED):  # a mask or a bias: whatever it is, it is added to both
+                if trace.shape(node) != trace.shape(source):
+                    raise BlockedError("logits are spread")
+            elif is_op(node, *_SCALED):
+                other = node.args[1] if node.args[0] is source else node.args[0]
+                size = trace.shape(other)[-1:].numel() if isinstance(other, fx.Node) else 1
+                if size != 1 or (is_op(node, aten.div.Tensor) and node.args[0] is not source):
+                    raise BlockedError("keys are scaled differently")
+            elif keeps_shift(node):
+                labels = trace.step(node, {source: labels})
+            else:
+                raise BlockedError(f"{op_name(node)} stands between")
+    except BlockedError as blocked:
+        return f"between logits and softmax, {blocked}"
+    axis = softmax.args[1]
+    assert isinstance(axis, int)
+    try:
+        positions = table(labels[0], [axis]).sort().values
+    except BlockedError:
+        positions = torch.zeros(0)
+    if not torch.equal(positions, torch.arange(shape[-1], dtype=torch.int32)):
+        return "the softmax is not taken over the keys"
     return None

@@ -21,6 +21,7 @@ __all__ = [
     "fold_head_scales",
     "fold_query_key",
     "fold_value_channels",
+    "scale_operand",
 ]
 
 aten = torch.ops.aten
@@ -105,23 +106,45 @@ def fold_value_channels(
     graph_module.recompile()
 
 
-def fold_query_key(graph_module: fx.GraphModule, group: AttentionGroup, factor: Tensor) -> None:
-    """Multiply every query channel and divide the key's by ``factor``; the logits stay.
+def fold_query_key(
+    graph_module: fx.GraphModule, group: AttentionGroup, factor: Tensor, shift: Tensor | None = None
+) -> None:
+    """Let the query be ``q factor`` and the key ``(k + shift) / factor`` per channel.
+
+    The attention stays: a shift of all keys adds the same number to all logits of a query, which
+    the softmax doesn't see (as SageAttention, arXiv 2410.02367, smooths its keys).
 
     Args:
         factor: (H, D), positive. Under a q/k-norm with one weight for all heads, its rows must be
             equal.
+        shift: (H, D) or None.
 
     Raises:
-        ValueError: query or key is declined, or must take equal factors and doesn't; nothing is
-            changed then.
+        ValueError: query or key is declined, or must take equal factors and doesn't, or a shift
+            is given and ``shift_declined`` says why it can't be; nothing is changed then.
     """
     factor = factor.double()
     for part in (group.query, group.key):
         _per_channel(graph_module, part, factor)
+    if shift is not None:
+        if group.key.shift_declined is not None:
+            raise ValueError(group.key.shift_declined)
+        shift = shift.double()
+        _per_channel(graph_module, group.key, shift, positive=False)
     _divide(graph_module, group.query, 1 / factor, None, "equalized")
-    _divide(graph_module, group.key, factor, None, "equalized")
+    _divide(graph_module, group.key, factor, shift, "equalized")
     graph_module.recompile()
+
+
+def scale_operand(graph_module: fx.GraphModule, operand: Operand, ratio: Tensor) -> None:
+    """Divide an operand by ``ratio`` (H, D), positive, in the weights that make it.
+
+    What is around has to make up for it.
+
+    Raises:
+        ValueError: the operand is declined, or must take equal factors and doesn't.
+    """
+    _divide(graph_module, operand, ratio, None, "scaled")
 
 
 def balance_query_key(query_absmax: Tensor, key_absmax: Tensor) -> Tensor:
