@@ -44,7 +44,7 @@ RUNGS: list[tuple[str, dict[str, Any]]] = [
     ("bias correction", {"bias_correction": True}),
     ("GPTQ", {"rounding": "gptq"}),
     ("ridge correction (ERQ)", {"rounding": "erq"}),
-    ("value fold", {"head_fold": True}),
+    ("queries, keys and values folded", {"head_fold": True}),
     ("norm fold by measured error", {"norm_fold": "auto"}),
     (
         "block reconstruction, 300 steps",

@@ -208,7 +208,9 @@ class QuantizeSection(Section):
     )
     equalize: bool = Field(default=True, description="cross-layer equalisation of weights")
     bias_correction: bool = Field(default=True, description="mean output error into the bias")
-    head_fold: bool = Field(default=True, description="scales of attention heads into weights")
+    head_fold: bool = Field(
+        default=True, description="one range for queries, keys and values, by rewriting weights"
+    )
     softmax: Grid = Field(
         default="auto", description="auto: log-sqrt2 at 4 bits and below, uniform above"
     )
