@@ -249,6 +249,15 @@ def test_markdown_is_short_and_whole() -> None:
     assert "\n\n\n" not in text
 
 
+def test_a_run_that_was_held_to_nothing_is_not_called_ok() -> None:
+    free = make_report(gates=[])
+    assert "## ✅ shvit_s4 w4a8: Measured, no limit was set\n" in render_markdown(free)
+    assert "✔ Measured, no limit was set: shvit_s4 w4a8" in terminal(free)
+    lossy = make_report(gates=[], accuracy=[make_accuracy(drop=63.0, drop_low=60.0)])
+    assert "! Measured, no limit was set" in terminal(lossy)
+    assert "Measured, no limit was set" in render_html(lossy)
+
+
 def test_terminal_fits_80_columns_without_colour() -> None:
     text = terminal(make_report())
     table = text[text.index("artefact") : text.index("Top-1:")]

@@ -18,14 +18,7 @@ from deploykit.report.model import Report
 from deploykit.report.scatter import scatter_plot
 from deploykit.report.steps import step_plots
 
-__all__ = ["VERDICTS", "markup", "page_template", "render_html"]
-
-VERDICTS = {
-    "ok": "OK",
-    "failed": "Failed",
-    "not for deployment": "Not for deployment",
-    "accuracy not measured": "Accuracy not measured",
-}
+__all__ = ["markup", "page_template", "render_html"]
 
 
 def render_html(report: Report) -> str:
@@ -39,7 +32,7 @@ def render_html(report: Report) -> str:
     ]
     return page_template("report.html.j2").render(
         report=report,
-        verdict=VERDICTS[report.verdict],
+        verdict=view.verdict(report),
         mood=view.mood(report),
         headline=view.headline(report),
         cards=view.cards(report),

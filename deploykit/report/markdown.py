@@ -9,7 +9,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from deploykit.report import view, wording
-from deploykit.report.html import VERDICTS
 from deploykit.report.layers import layer_tables
 from deploykit.report.model import Report
 
@@ -22,7 +21,7 @@ def render_markdown(report: Report) -> str:
     """A verdict, one table, and what a reviewer asks next."""
     return markdown_template("report.md.j2").render(
         report=report,
-        verdict=VERDICTS[report.verdict],
+        verdict=view.verdict(report),
         icon={"good": "✅", "bad": "❌", "doubt": "⚠️"}[view.mood(report)],
         headline=view.headline(report),
         rows=view.rows(report),

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from deploykit.report import view, wording
-from deploykit.report.html import VERDICTS
 from deploykit.report.model import Report
 
 __all__ = ["plain", "render_terminal", "say"]
@@ -29,7 +28,7 @@ def render_terminal(report: Report, console: Console, out_dir: Path | str | None
     # Text, never markup: names come from files we did not write.
     mood = view.mood(report)
     sign = {"good": "✔", "bad": "✘"}.get(mood, "!")
-    say(console, f"{sign} {VERDICTS[report.verdict]}: {report.model} {report.bits}",
+    say(console, f"{sign} {view.verdict(report)}: {report.model} {report.bits}",
           f"bold {_COLOURS[mood]}")  # fmt: skip
     for reason in report.verdict_reasons:
         say(console, f"  {reason}")

@@ -20,6 +20,7 @@ __all__ = [
     "headline",
     "mood",
     "rows",
+    "verdict",
     "worst_layers",
 ]
 
@@ -138,10 +139,24 @@ def fidelity(report: Report) -> list[FidelityRow]:
     ]
 
 
+def verdict(report: Report) -> str:
+    """The verdict in words. A run that was held to nothing is not called OK."""
+    if report.verdict == "ok" and not _limited(report):
+        return "Measured, no limit was set"
+    return {"ok": "OK"}.get(report.verdict, report.verdict.capitalize())
+
+
+def _limited(report: Report) -> bool:
+    """Whether anything but parity, which every file is held to, was asked for."""
+    return any(gate.name != "parity" for gate in report.gates)
+
+
 def mood(report: Report) -> Mood:
-    """The colour of the verdict."""
+    """The colour of the verdict; without limits, a loss that is certain is a doubt."""
     if report.verdict == "ok":
-        return "good"
+        found = report.find_accuracy("compressed")
+        lost = found is not None and found.drop_low > 0
+        return "doubt" if lost and not _limited(report) else "good"
     return "doubt" if report.verdict == "accuracy not measured" else "bad"
 
 
