@@ -5,6 +5,7 @@ A message is one line: what was wanted, what came, how to mend it.
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
 
 __all__ = [
@@ -17,7 +18,10 @@ __all__ = [
     "TargetMissingError",
     "UsageError",
     "one_line",
+    "root_cause",
 ]
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ExitCode(IntEnum):
@@ -77,7 +81,14 @@ class MeasurementError(DeploykitError):
     exit_code = ExitCode.MEASUREMENT
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The error that the others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The text of a runtime's error as one line of at most ``limit`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The text of a runtime's error as one line of at most ``limit`` characters, uncoloured."""
+    text = " ".join(_COLOUR.sub("", str(error)).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

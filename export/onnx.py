@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from deploykit.errors import DeploykitError, one_line
+from deploykit.errors import DeploykitError, one_line, root_cause
 from deploykit.export.onnx_exporters import OUTPUT_NAME, to_onnx
 from deploykit.export.onnx_lowering import lowerings as own_lowerings
 from deploykit.export.onnx_names import name_layers
@@ -118,7 +118,7 @@ def lower_onnx(
             outputs=[level.name for level in backbone.levels] or [OUTPUT_NAME],
         )
     except Exception as error:  # the exporters raise many unrelated types
-        message = f"{backbone.name} can't be exported to ONNX: {one_line(error)}"
+        message = f"{backbone.name} can't be exported to ONNX: {one_line(root_cause(error))}"
         raise DeploykitError(message) from error
     name_layers(model, graph_module)
     _pack_four_bit(model, _four_bit_names(graph_module))

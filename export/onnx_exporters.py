@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.onnx import symbolic_helper
 from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
 
-from deploykit.errors import one_line
+from deploykit.errors import one_line, root_cause
 from deploykit.export.onnx_lowering import OPSET, Table, translation_table
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
 from deploykit.graph.edit import is_op
@@ -87,8 +87,9 @@ def to_onnx(
     raise first
 
 
-def _gist(error: Exception) -> str:
-    """The first line that isn't a heading."""
+def _gist(error: BaseException) -> str:
+    """The first line of what the exporter stumbled over."""
+    error = root_cause(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return one_line(Exception(lines[0] if lines else type(error).__name__), 120)
 
