@@ -34,17 +34,19 @@ def markdown(data: Mapping[str, Any], members: Mapping[str, BackboneSpec]) -> st
         "can be captured, compressed, exported and run by ONNX Runtime with the same answers as "
         "its graph at batches of 1 and 4. It says nothing about accuracy. Figures in cells are "
         "the SQNR in dB of the file against its graph, the worse of both batches (✘: a miss); "
-        "codes that round differently show as less. Times are one thread's, interleaved (~ noisy).",
+        "codes that round differently show as less. Times are one thread's, interleaved (~ noisy). "
+        f"All of it took {_hours(rows)} hours of one core; the last column has each member's share "
+        "and its process's peak memory, where that was recorded.",
         "",
-        f"| family | member | M params | {' | '.join(_COLUMNS.values())} |",
-        "|:--|:--|--:|" + ":--|" * len(_COLUMNS),
+        f"| family | member | M params | {' | '.join(_COLUMNS.values())} | took |",
+        "|:--|:--|--:|" + ":--|" * (len(_COLUMNS) + 1),
     ]
     reasons: dict[str, int] = {}
     for family, spec in members.items():
         row = rows.get(family)
         texts = [_cell(step, row, reasons) for step in _COLUMNS]
         params = "" if spec.params_m is None else f"{spec.params_m:g}"
-        lines.append(f"| {family} | {spec.name} | {params} | {' | '.join(texts)} |")
+        lines.append(f"| {family} | {spec.name} | {params} | {' | '.join(texts)} | {_took(row)} |")
     if reasons:
         lines += ["", "Why not:", ""]
         lines += [f"{number}. {_plain(reason)}" for reason, number in reasons.items()]
@@ -68,6 +70,17 @@ def _cell(step: str, row: Mapping[str, Any] | None, reasons: dict[str, int]) -> 
         noisy = " ~" if cell["noisy"] else ""
         return f"{cell['fp32_ms']:.1f} → {cell['w8a8_ms']:.1f}{ratio}{noisy}"
     return f"{cell['sqnr_db']:.0f}" + ("" if cell["passed"] else " ✘")
+
+
+def _hours(rows: Mapping[str, Any]) -> str:
+    return f"{sum(row.get('seconds') or 0.0 for row in rows.values()) / 3600:.1f}"
+
+
+def _took(row: Mapping[str, Any] | None) -> str:
+    if row is None or not row.get("seconds"):
+        return "–"
+    peak = max((cell.get("peak_rss_bytes", 0) for cell in row["cells"].values()), default=0)
+    return f"{row['seconds'] / 60:.1f} min" + (f", {peak / 1e9:.1f} GB" if peak else "")
 
 
 def _no(kind: str, reason: str, reasons: dict[str, int]) -> str:

@@ -202,7 +202,9 @@ def cells(name: str, img_size: int | None = None) -> Iterator[tuple[str, Cell]]:
                 cell = {"why": one_line(error)}
             except Exception as error:  # a suite goes on: the matrix shows it as a failure
                 cell = {"failed": f"{type(error).__name__}: {one_line(error)}"}
-            yield step, cell | {"seconds": round(time.perf_counter() - began, 1)}
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            took = {"seconds": round(time.perf_counter() - began, 1), "peak_rss_bytes": peak}
+            yield step, cell | took
 
 
 def main() -> None:
