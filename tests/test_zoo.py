@@ -113,22 +113,25 @@ def test_every_hole_of_the_matrix_has_its_reason() -> None:
     rows = {
         "A": {
             "name": "a", "cells": {
-                "capture": {"dynamic_batch": True}, "fp32": CELL, "w8a8": CELL | {"passed": False},
+                "capture": {"dynamic_batch": True, "peak_rss_bytes": 2.5e9}, "fp32": CELL, "w8a8": CELL | {"passed": False},
                 "w4a4": refused, "prune": {"failed": "KeyError: 'x'"}, "merge": refused,
                 "latency": latency,
             },
+            "seconds": 90.0,
         },
-        "B": {"name": "b", "cells": {}, "ended": "killed"},
+        "B": {"name": "b", "cells": {}, "ended": "killed", "seconds": 5310.0},
     }  # fmt: skip
     members = {name: BackboneSpec(name=name.lower(), family=name) for name in "ABC"}
     where = {"cpu": "a CPU", "cores_allowed": 2}
     lines = markdown({"members": rows, "environment": where}, members).splitlines()
     cells_a = next(line for line in lines if line.startswith("| A")).split(" | ")
     assert cells_a[3:] == [
-        "yes", "100", "100 ✘", "no (1)", "no (2)", "no (1)", "4.0 → 2.0 (×0.50) ~ |",
+        "yes", "100", "100 ✘", "no (1)", "no (2)", "no (1)", "4.0 → 2.0 (×0.50) ~",
+        "1.5 min, 2.5 GB |",
     ]  # fmt: skip
     assert next(line for line in lines if line.startswith("| B")).count("no (3)") == 7
-    assert next(line for line in lines if line.startswith("| C")).count("–") == 7
+    assert next(line for line in lines if line.startswith("| C")).count("–") == 8
+    assert "took 1.5 hours of one core" in lines[2]
     assert lines[-3:] == [
         "1. refused: can't \\| be",
         "2. failed: KeyError: 'x'",
