@@ -113,7 +113,8 @@ def test_every_hole_of_the_matrix_has_its_reason() -> None:
     rows = {
         "A": {
             "name": "a", "cells": {
-                "capture": {"dynamic_batch": True, "peak_rss_bytes": 2.5e9}, "fp32": CELL, "w8a8": CELL | {"passed": False},
+                "capture": {"dynamic_batch": True, "peak_rss_bytes": 2.5e9},
+                "fp32": CELL, "w8a8": CELL | {"passed": False},
                 "w4a4": refused, "prune": {"failed": "KeyError: 'x'"}, "merge": refused,
                 "latency": latency,
             },
