@@ -22,11 +22,13 @@ from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_s
 from deploykit.errors import one_line, root_cause
 from deploykit.export.onnx_lowering import OPSET, Table, translation_table
 from deploykit.graph import ops as _registered  # noqa: F401  makes torch.ops.deploykit
-from deploykit.graph.edit import is_op
+from deploykit.graph.edit import add_tensor, is_op
 
 __all__ = ["INPUT_NAME", "OUTPUT_NAME", "to_onnx"]
 
 INPUT_NAME, OUTPUT_NAME = "image", "logits"
+_SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, torch.ops.aten.sub.Tensor)
+_TINY = 1e-7  # onnxscript's 1e-8, and what rounding may make of it
 _DOMAIN = "deploykit"
 _KEPT = "deploykit.kept"  # not the operators' own: the exporter would look it up again
 _SCRIPT_OPSET = 20  # the newest the TorchScript exporter writes
@@ -104,7 +106,7 @@ def _by_dynamo(
     decomposed: bool = False,
 ) -> ir.Model:
     shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if dynamic_batch else None
-    program = torch.export.export(graph_module, (example,), dynamic_shapes=shapes)
+    program = torch.export.export(keep_tiny(graph_module), (example,), dynamic_shapes=shapes)
     if decomposed:
         program = program.run_decompositions()
     exported = torch.onnx.export(
@@ -119,6 +121,28 @@ def _by_dynamo(
     )
     assert exported is not None
     return exported.model
+
+
+def keep_tiny(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph over the same tensors, tiny numbers that are added as tensors of one element.
+
+    onnxscript's optimiser takes any number up to 1e-8 for zero and drops the addition: an epsilon
+    that keeps a quotient finite would be missing in the file (so it was in T2T-ViT's, whose 8-bit
+    divisors are zero at times). It looks at numbers without dimensions only.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    copied = fx.GraphModule(graph_module, graph)
+    for node in list(graph.nodes):
+        if not is_op(node, *_SUMS):
+            continue
+        for at in (0, 1):
+            number = node.args[at]
+            if isinstance(number, int | float) and 0 < abs(number) <= _TINY:
+                value = torch.tensor([float(number)])
+                node.update_arg(at, add_tensor(copied, f"tiny.{node.name}", value, node))
+    copied.recompile()
+    return copied
 
 
 def _by_torchscript(

@@ -370,6 +370,26 @@ def test_a_stable_sort_keeps_the_order_of_equals(descending: bool) -> None:
         assert torch.equal(graph(x), session(x))
 
 
+class Quotients(nn.Module):
+    """Divisors that are zero at times: an epsilon added, put first, or taken off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).relu()
+        return y / (y + 1e-8) + y / (1e-9 + y) + (y - 1e-8).sign()
+
+
+def test_an_epsilon_of_a_divisor_is_not_optimised_away() -> None:
+    graph, session, _ = lowered(shake(Quotients()).eval())
+    for count in (1, 2, 5):
+        x = images(count, SIDE)
+        assert torch.isfinite(session(x)).all()
+        torch.testing.assert_close(graph(x), session(x))
+
+
 # ── whole models ──────────────────────────────────────────────────────────────────────────────
 
 
